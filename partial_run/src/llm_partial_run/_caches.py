@@ -1,0 +1,121 @@
+"""Keys and values that do not fit in memory: on disk, a layer at a time in memory."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Caches = Mapping[str, tuple[Tensor, ...]]
+PAGE = mmap.PAGESIZE
+
+
+class SpilledCaches:
+    """The caches of all layers in one unlinked file, of which one layer is in memory at a time.
+
+    Every row begins at a page, in the file and in memory, so that reads and writes go past the page cache. Only slots
+    in use are read, and only the pages with new slots are written.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], rows: int, slots: int, dtype: torch.dtype, directory: Any):
+        self._index = {part: i for i, part in enumerate(layers)}
+        layer: Any = next(iter(layers.values()))
+        like: tuple[Tensor, ...] = layer.new_cache(rows, slots, dtype=dtype, device="meta")
+        for part, other in layers.items():
+            if [t.shape for t in other.new_cache(rows, slots, dtype=dtype, device="meta")] != [t.shape for t in like]:  # pyright: ignore
+                raise ValueError(f"{part} has caches of another shape than the first layer: they cannot go to disk")
+        self._slot_nbytes = [t[0, 0].nbytes for t in like]
+        self._strides = [-(-slots * nbytes // PAGE) * PAGE for nbytes in self._slot_nbytes]  # bytes from row to row
+        self._starts = [rows * sum(self._strides[:i]) for i in range(len(like))]
+        self._layer_nbytes = rows * sum(self._strides)
+        self._buffer = mmap.mmap(-1, self._layer_nbytes)
+        flat = torch.frombuffer(self._buffer, dtype=torch.uint8)
+        self._tensors = tuple(
+            flat[start : start + rows * stride]
+            .view(rows, stride)[:, : slots * nbytes]
+            .view(dtype)
+            .unflatten(1, t.shape[1:])
+            for t, start, stride, nbytes in zip(like, self._starts, self._strides, self._slot_nbytes, strict=True)
+        )  # each [rows, slots, ...]
+        self._file = _unlinked(directory, self._layer_nbytes * len(layers))
+
+    def read(self, part: str, rows: range, kv_len: int, *, fresh: bool) -> tuple[Tensor, ...]:
+        """The caches of a layer, with the slots up to `kv_len` of `rows`; nothing is read where the prefill is `fresh`."""
+        if not fresh:
+            for start, nbytes in self._pieces(rows, 0, kv_len):
+                done = os.preadv(self._file, [memoryview(self._buffer)[start : start + nbytes]], self._at(part) + start)
+                if done != nbytes:
+                    raise OSError(
+                        f"{part}: {done} of {nbytes} bytes of its keys and values could be read back from disk"
+                    )
+        return self._tensors
+
+    def write(self, part: str, rows: range, slots: Tensor) -> None:
+        """Write the slots that the layer has just filled in `rows`: slots [B, T]; those above are stale."""
+        for start, nbytes in self._pieces(rows, int(slots.min()), int(slots.max()) + 1):
+            done = os.pwritev(self._file, [memoryview(self._buffer)[start : start + nbytes]], self._at(part) + start)
+            if done != nbytes:
+                raise OSError(
+                    f"{part}: {done} of {nbytes} bytes of its keys and values could be written: is the disk full?"
+                )
+
+    def zero(self, row: int) -> None:
+        """Clear a row in all layers."""
+        for part in self._index:
+            for start, stride in zip(self._starts, self._strides, strict=True):
+                os.pwritev(self._file, [mmap.mmap(-1, stride)], self._at(part) + start + row * stride)
+
+    def copy(self, source: int, target: int, slots: int) -> None:
+        """Copy the first `slots` slots of a row to another, in all layers."""
+        for part in self._index:
+            self.read(part, range(source, source + 1), slots, fresh=False)
+            for tensor in self._tensors:
+                tensor[target, :slots] = tensor[source, :slots]
+            self.write(part, range(target, target + 1), torch.tensor([[0, slots - 1]]))
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def __enter__(self) -> SpilledCaches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _at(self, part: str) -> int:
+        return self._index[part] * self._layer_nbytes
+
+    def _pieces(self, rows: range, first: int, last: int) -> list[tuple[int, int]]:
+        """(start, bytes) in the buffer of the pages with slots first to last, for each tensor and row."""
+        pieces = []
+        for start, stride, nbytes in zip(self._starts, self._strides, self._slot_nbytes, strict=True):
+            low, high = first * nbytes // PAGE * PAGE, min(stride, -(-last * nbytes // PAGE) * PAGE)
+            pieces += [(start + row * stride + low, high - low) for row in rows]
+        return pieces
+
+
+def _unlinked(directory: Any, nbytes: int) -> int:
+    """A file descriptor for `nbytes` of disk that go when it is closed, past the page cache where that can be."""
+    number, path = tempfile.mkstemp(prefix="llm_partial_run-caches-", dir=directory)
+    os.close(number)
+    try:
+        try:
+            file = os.open(path, os.O_RDWR | getattr(os, "O_DIRECT", 0))
+        except OSError:  # a file system without direct access
+            file = os.open(path, os.O_RDWR)
+        try:
+            os.posix_fallocate(file, 0, nbytes)
+        except OSError as error:
+            os.close(file)
+            raise OSError(
+                error.errno, f"no room for {nbytes >> 20} MiB of keys and values in {directory}: give spill=, rows= or "
+                "context= another value"
+            ) from error  # fmt: skip
+        return file
+    finally:
+        os.unlink(path)

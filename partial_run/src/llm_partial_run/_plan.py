@@ -1,0 +1,223 @@
+"""What stays in memory, what is streamed, and what both cost: decided before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ._memory import format_bytes
+from ._units import Model, Unit
+
+READERS = 3  # reads in flight
+AHEAD = READERS + 1  # slots of the ring: those being read, and the one being computed
+MICRO_BATCH = 128  # tokens that go through a layer at once: enough for matrix kernels, little beside the weights
+
+
+class BudgetError(ValueError):
+    """The memory is too small. `smallest` is the number of bytes that would do."""
+
+    def __init__(self, message: str, smallest: int):
+        super().__init__(message)
+        self.smallest = smallest
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where every byte goes. Sizes in bytes; `print(plan)` shows it as a table."""
+
+    memory: int  # what the whole process may use
+    runtime: int  # Python, torch and its kernels, and a margin
+    kept: int  # weights that always stay: norms, biases
+    resident: int  # slices of matrices that stay
+    ring: int  # slots that the streamed slices are read into
+    caches: int  # keys and values in memory
+    spilled: int  # keys and values on disk, read for each pass
+    activations: int
+    stored: int  # all weights, as stored
+    streamed: int  # bytes of weights read from disk in each pass
+    host: int  # with a device: slices in pinned host memory, copied in each pass
+    device: int  # with a device: slices that stay there
+    device_memory: int
+    smallest: int  # the least `memory` that works
+    rows: int
+    context: int
+    tokens: int  # tokens that one pass over the weights computes at most
+    micro_batch: int  # tokens that go through a layer at once
+    slots: int
+    slot_nbytes: int
+    device_slots: int
+    dtype: torch.dtype
+    read_rate: float | None  # bytes per second, measured
+    resident_units: frozenset[Unit] = field(repr=False)
+    device_units: frozenset[Unit] = field(repr=False)
+
+    @property
+    def used(self) -> int:
+        """Bytes of host memory that the plan counts on."""
+        return self.runtime + self.kept + self.resident + self.host + self.ring + self.caches + self.activations
+
+    @property
+    def seconds_per_pass(self) -> float | None:
+        """What reading costs: the least time of a pass, at the measured rate."""
+        return (self.streamed / self.read_rate) if self.read_rate else None
+
+    def as_dict(self) -> dict[str, int | float | str | None]:
+        """The plan for a script: bytes, counts, the dtype's name."""
+        skipped = ("resident_units", "device_units", "dtype")
+        plain = {name: value for name, value in vars(self).items() if name not in skipped}
+        return plain | {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "used": self.used,
+            "seconds_per_pass": self.seconds_per_pass,
+        }
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        lines = [
+            ("memory", self.memory, "for the whole process" if self.runtime else "for the model, beside Python and torch"),
+            ("runtime", self.runtime, "Python, torch, its kernels and a margin"),
+            ("weights resident", self.kept + self.resident, f"of {format_bytes(self.stored)}, computing in {dtype}"),
+            ("buffers", self.ring, f"{self.slots} slots of {format_bytes(self.slot_nbytes)} to read into"),
+            ("caches", self.caches, f"keys and values, {self.rows} rows of {self.context} tokens"),
+            ("activations", self.activations, f"{self.tokens} tokens a pass, {self.micro_batch} at once"),
+        ]
+        if self.device_memory:
+            lines.append(("weights on device", self.device, f"of {format_bytes(self.device_memory)} device memory"))
+            lines.append(("weights pinned", self.host, "in host memory, copied in each pass"))
+        if self.spilled:
+            lines.append(("caches on disk", self.spilled, "what is in use is read in each pass"))
+        lines.append(("read per pass", self.streamed, _pace(self)))
+        return "\n".join(f"{name:<18}{format_bytes(size):>11}   {note}" for name, size, note in lines)
+
+
+def decide(
+    model: Model,
+    *,
+    memory: int,
+    runtime: int,
+    rows: int = 1,
+    context: int = 2048,
+    tokens: int | None = None,
+    micro_batch: int | None = None,
+    cache_nbytes: int = 0,
+    cache_part_nbytes: int = 0,
+    transient: int = 0,
+    device_memory: int = 0,
+    slack: int = 0,
+    read_rate: float | None = None,
+) -> Plan:
+    """The plan for a surveyed model: pure, the same answer for the same numbers.
+
+    One pass after another reads the same units in the same order. For such a scan a least-recently-used cache hits
+    nothing; the best is a fixed set that stays, spread evenly so that computing it hides the reading of the others.
+
+    :param runtime: bytes in use before anything is loaded, and the margin for what no formula counts.
+    :param slack: added to the smallest that is named, since another process's runtime differs by a little.
+    :param tokens: tokens that one pass may compute; more than fit through a layer at once hold a layer's streamed
+        slices in the ring until all have passed, so that each is read once. Default: `micro_batch`.
+    :param micro_batch: tokens that go through a layer at once.
+    :param cache_nbytes: keys and values of all layers, rows and slots; `cache_part_nbytes`: of the largest layer.
+        They go to disk where they do not fit beside the rest.
+    :param transient: bytes that loading a part takes for a while.
+    :raises BudgetError: where `memory` is too small; it names the smallest that works.
+    """
+    micro_batch = micro_batch or MICRO_BATCH
+    tokens = max(tokens or micro_batch, rows)
+    micro_batch = min(tokens, micro_batch)
+    slot = max((unit.nbytes for unit in model.units), default=0) + 2 * 4096  # reads begin and end at page bounds
+    hold = max(model.part_nbytes.values(), default=0) if tokens > micro_batch else 0
+    slots = min(AHEAD + -(-hold // max(1, slot - 2 * 4096)), len(model.units))
+    convert = 2 * max((unit.kept_nbytes for unit in model.units), default=0) if model.converted else 0
+    ring = slots * slot + convert + transient
+    activations = _activations(model, rows, context, tokens, micro_batch)
+    everything = sum(unit.kept_nbytes for unit in model.units)
+    spill_buffers = cache_part_nbytes
+    on_device = _spread(model.units, device_memory - slots * slot) if device_memory else frozenset()
+    left = [unit for unit in model.units if unit not in on_device]
+
+    floor = runtime + model.kept_nbytes + activations + min(ring, everything)
+    smallest = floor + min(cache_nbytes, spill_buffers)
+    if slack:
+        smallest = -(-(smallest + slack) // 2**20) * 2**20
+    if memory < floor + min(cache_nbytes, spill_buffers):
+        raise BudgetError(
+            f"memory={format_bytes(memory)} is too small: the smallest that works is {_exactly(smallest)} "
+            f"({format_bytes(runtime)} runtime, {format_bytes(model.kept_nbytes)} weights that always stay, "
+            f"{format_bytes(min(ring, everything))} buffers, {format_bytes(min(cache_nbytes, spill_buffers))} caches for "
+            f"{rows} rows of {context} tokens, {format_bytes(activations)} activations)",
+            smallest,
+        )
+    spill = memory < floor + cache_nbytes
+    caches = spill_buffers if spill else cache_nbytes
+    free = memory - (floor - min(ring, everything)) - caches
+    resident = frozenset(left) if sum(u.kept_nbytes for u in left) <= free else _spread(left, free - ring)
+    streamed = [unit for unit in left if unit not in resident]
+    host = sum(unit.kept_nbytes for unit in resident)
+    return Plan(
+        memory=memory,
+        runtime=runtime,
+        kept=model.kept_nbytes,
+        resident=0 if device_memory else host,
+        ring=ring if streamed else 0,
+        caches=caches,
+        spilled=cache_nbytes if spill else 0,
+        activations=activations,
+        stored=model.stored_nbytes,
+        streamed=sum(unit.nbytes for unit in streamed),
+        host=host if device_memory else 0,
+        device=sum(unit.kept_nbytes for unit in on_device),
+        device_memory=device_memory,
+        smallest=smallest,
+        rows=rows,
+        context=context,
+        tokens=tokens,
+        micro_batch=micro_batch,
+        slots=slots if streamed else 0,
+        slot_nbytes=slot,
+        device_slots=slots if device_memory and left else 0,
+        dtype=model.dtype,
+        read_rate=read_rate,
+        resident_units=resident,
+        device_units=on_device,
+    )
+
+
+def _exactly(size: int) -> str:
+    return f"{size} bytes" if size % 2**20 else f"{size >> 20}MiB"
+
+
+def _spread(units: tuple[Unit, ...] | list[Unit], budget: int) -> frozenset[Unit]:
+    """As many units as the budget holds, evenly between the others; then what still fits."""
+    total = sum(unit.kept_nbytes for unit in units)
+    share = min(1.0, max(0, budget) / total) if total else 0.0
+    chosen: list[Unit] = []
+    due = 0.0
+    for unit in units:
+        due += share * unit.kept_nbytes
+        if due >= unit.kept_nbytes:
+            due -= unit.kept_nbytes
+            chosen.append(unit)
+    spare = budget - sum(unit.kept_nbytes for unit in chosen)
+    kept = set(chosen)
+    for unit in units:
+        if unit not in kept and unit.kept_nbytes <= spare:
+            kept.add(unit)
+            spare -= unit.kept_nbytes
+    return frozenset(kept)
+
+
+def _activations(model: Model, rows: int, context: int, tokens: int, micro_batch: int) -> int:
+    """An upper bound: all Linears' outputs of a layer at once, norms in fp32, a mask, and the logits that are read."""
+    size = model.dtype.itemsize
+    per_token = model.widths * 2 * size + model.hidden_size * (4 * size + 3 * 4) + 6 * context
+    carried = 3 * tokens * model.hidden_size * size
+    logits = 2 * rows * model.vocab_size * 4
+    return micro_batch * per_token + carried + logits
+
+
+def _pace(plan: Plan) -> str:
+    if not plan.streamed:
+        return "everything is resident"
+    seconds = plan.seconds_per_pass
+    return f"{seconds:.2f} s at the {plan.read_rate / 1e9:.2f} GB/s measured" if seconds and plan.read_rate else ""

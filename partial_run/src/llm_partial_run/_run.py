@@ -1,0 +1,345 @@
+"""Runs the parts of a model in order, within a memory budget."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._caches import Caches, SpilledCaches
+from ._forward import Forward
+from ._memory import available, measured_runtime, parse_bytes
+from ._plan import Plan, decide
+from ._stores import as_store, read_rate
+from ._units import survey
+from ._weights import Weights, put
+
+DEFAULT_SHARE = 0.9  # of what is free, where no `memory` is given
+MARGIN = 32 << 20  # what no formula counts: heap, page tables, the kernels' scratch memory
+SLACK = 8 << 20  # between the runtimes of two processes that do the same
+
+
+@dataclass
+class Stats:
+    """What the passes so far have cost."""
+
+    passes: int = 0
+    tokens: int = 0
+    bytes_read: int = 0  # from disk or another store, in passes; loading what stays is not counted
+    seconds_total: float = 0.0
+    seconds_waiting: float = 0.0  # for streamed weights
+    seconds_computing: float = 0.0
+
+    @property
+    def seconds_else(self) -> float:
+        """Rows of the embedding, caches on disk, and Python between the parts."""
+        return self.seconds_total - self.seconds_waiting - self.seconds_computing
+
+
+def plan(
+    parts: Mapping[str, nn.Module],
+    weights: Any,
+    *,
+    memory: int | str | None = None,
+    rows: int = 1,
+    context: int = 2048,
+    tokens: int | None = None,
+    micro_batch: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    device_memory: int | str | None = None,
+    runtime: int | str | None = None,
+) -> Plan:
+    """What `PartialRun` with the same arguments would do; reads no more than to measure the disk for a moment.
+
+    :raises BudgetError: where `memory` is too small; its `smallest` is the number of bytes that works.
+    """
+    if rows < 1 or context < 1:
+        raise ValueError(f"rows={rows} and context={context} have to be 1 or more")
+    store, device = as_store(weights, parts), torch.device(device)
+    model = survey(parts, store, dtype)
+    if device_memory is None and device.type == "cuda":
+        device_memory = int(torch.cuda.mem_get_info(device)[0] * DEFAULT_SHARE)
+    allowed = int(available() * DEFAULT_SHARE) if memory is None else parse_bytes(memory)
+    per_layer = [
+        sum(t.nbytes for t in module.new_cache(rows, context + 1, dtype=model.dtype, device="meta"))  # pyright: ignore
+        for module in parts.values()
+        if hasattr(module, "new_cache")
+    ]
+    decided = decide(
+        model,
+        memory=allowed,
+        runtime=measured_runtime(allowed, model.dtype) + MARGIN + allowed // 512
+        if runtime is None
+        else parse_bytes(runtime),
+        slack=SLACK if runtime is None else 0,
+        rows=rows,
+        context=context,
+        tokens=tokens,
+        micro_batch=micro_batch,
+        cache_nbytes=sum(per_layer),
+        cache_part_nbytes=max(per_layer, default=0) + rows * mmap.PAGESIZE * 4,
+        transient=getattr(store, "transient_nbytes", 0),
+        device_memory=0 if device_memory is None else parse_bytes(device_memory),
+    )
+    streamed = [unit for unit in model.units if unit not in decided.resident_units | decided.device_units]
+    return replace(decided, read_rate=read_rate(store, streamed)) if streamed else decided
+
+
+class PartialRun:
+    """Parts of a model, run in order, with what fits resident and the rest streamed from `weights` in each pass.
+
+    :param parts: name -> module, on the meta device. Names sort the pass: "begin", "mid.00000", ..., "end".
+    :param weights: a store (see llm_sepweight), or any `load(part) -> mapping of tensors`.
+    :param memory: bytes, or "4GiB", that the whole process may use. Default: nine tenths of what is free here.
+    :param rows: sequences that the caches of `forward` hold. :param context: tokens that each of them may have.
+    :param tokens: tokens that a pass over the weights computes at most. Default: `micro_batch`.
+    :param micro_batch: tokens that go through a layer at once. Default: 128.
+    :param dtype: to compute in. Default: the one stored.
+    :param device: where to compute. With "cuda" weights stay in `device_memory` first, then in pinned host memory.
+    :param runtime: bytes to count for Python and torch. Default: measured; 0 lets `memory` count the model alone.
+    :param spill: directory for the caches that do not fit in memory. Default: the system's directory for such files.
+    :param progress: called with (bytes loaded, bytes to load) while the resident weights are read.
+    :raises BudgetError: before anything is loaded, where `memory` is too small.
+
+    Closing it, also by an exception, ends its threads and files. The modules can then be used in another run.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, nn.Module],
+        weights: Any,
+        *,
+        memory: int | str | None = None,
+        rows: int = 1,
+        context: int = 2048,
+        tokens: int | None = None,
+        micro_batch: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        device_memory: int | str | None = None,
+        runtime: int | str | None = None,
+        spill: str | os.PathLike[str] | None = None,
+        progress: Callable[[int, int], object] | None = None,
+    ):
+        self.parts = dict(parts)
+        self.device = torch.device(device)
+        self.stats = Stats()
+        self._store = as_store(weights, parts)
+        self.plan = plan(
+            parts, self._store, memory=memory, rows=rows, context=context, tokens=tokens, micro_batch=micro_batch,
+            dtype=dtype, device=device, device_memory=device_memory, runtime=runtime,
+        )  # fmt: skip
+        self._model = survey(parts, self._store, dtype)
+        self._spill = spill or tempfile.gettempdir()
+        self._lock = threading.RLock()
+        self._forward: Forward | None = None
+        self._opened = ExitStack()
+        self._weights = Weights(self.parts, self._store, self._model, self.plan, self.device, progress)
+        self._opened.callback(self._weights.close)
+
+    def __call__(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        caches: Caches | SpilledCaches | None = None,
+        *,
+        slots: Tensor | None = None,
+        kv_len: int | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """One pass through all parts.
+
+        :param x: input_ids [B, T] where the parts have a begin, else hidden states [B, T, D].
+        :param positions: [B, T]. Default: 0 to T - 1. :param slots: [B, T], cache slots to write. Default: positions.
+        :param caches: from `new_caches`, row b for row b of x. Without, the pass attends to x alone.
+        :param kv_len: a bound on the cache slots in use. :param mask: [B, T, kv_len], for draft trees.
+        :returns: logits [B, T, V] where the parts have an end, else hidden states [B, T, D].
+        """
+        if positions is None:
+            positions = torch.arange(x.shape[1]).expand(x.shape[:2])
+        return self.run_pass(x, positions, caches, slots=slots, kv_len=kv_len, mask=mask)
+
+    def run_pass(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        caches: Caches | SpilledCaches | None,
+        *,
+        slots: Tensor | None = None,
+        kv_len: int | None = None,
+        mask: Tensor | None = None,
+        first_row: int = 0,
+        before_end: Callable[[Tensor], Tensor | None] | None = None,
+    ) -> Tensor:
+        """As calling the run, with the caches' rows from `first_row` on.
+
+        `before_end` picks what of the hidden states goes into the end; where it gives None, the end is left out.
+        """
+        rows, length = x.shape[:2]
+        if rows * length > self.plan.tokens:
+            raise ValueError(
+                f"{rows} rows of {length} tokens are more than the {self.plan.tokens} that a pass is planned for: "
+                "pass fewer at a time, or give PartialRun a larger tokens="
+            )
+        if "begin" in self.parts:
+            self.check_ids(x)
+        if caches is not None and kv_len is None:
+            kv_len = int(positions.max()) + 1
+        with self._lock, torch.inference_mode():
+            start = time.perf_counter()
+            waited = self._weights.waited
+            self._weights.rewind()
+            x, positions = x.to(self.device), positions.to(self.device)
+            for part, module in self.parts.items():
+                if part == "end" and before_end is not None:
+                    wanted = before_end(x)
+                    if wanted is None:
+                        self._weights.pass_over(part)
+                        break
+                    x, positions = wanted, positions[:, :1]
+                x = self._run_part(part, module, x, positions, caches, first_row, slots, kv_len, mask)
+            self.stats.passes += 1
+            self.stats.tokens += rows * length
+            self.stats.bytes_read += self.plan.streamed
+            self.stats.seconds_total += time.perf_counter() - start
+            self.stats.seconds_waiting += self._weights.waited - waited
+        return x
+
+    @property
+    def forward(self) -> Forward:
+        """The whole model as a `forward_func` with its prefix cache: ids in, logits out."""
+        if not ({"begin", "end"} <= self.parts.keys()):
+            raise ValueError(f"forward needs a whole model; the parts are {list(self.parts)}. Call the run itself")
+        if self._forward is None:
+            self._forward = Forward(self)
+        return self._forward
+
+    @property
+    def vocab_size(self) -> int:
+        """Logits per position; 0 where the parts have no end."""
+        return self._model.vocab_size
+
+    def new_caches(self, rows: int | None = None, slots: int | None = None) -> Caches:
+        """Keys and values for each layer, zeroed: part -> tensors [rows, slots, ...], written in place."""
+        rows, slots = rows or self.plan.rows, slots or self.plan.context + 1
+        return {
+            part: module.new_cache(rows, slots, dtype=self.plan.dtype, device=self.device)  # pyright: ignore
+            for part, module in self.parts.items()
+            if hasattr(module, "new_cache")
+        }
+
+    def planned_caches(self) -> Caches | SpilledCaches:
+        """Caches for the planned rows and context, in memory or on disk as the plan says."""
+        if not self.plan.spilled:
+            return self.new_caches()
+        layers = {part: module for part, module in self.parts.items() if hasattr(module, "new_cache")}
+        caches = SpilledCaches(layers, self.plan.rows, self.plan.context + 1, self.plan.dtype, self._spill)
+        return self._opened.enter_context(caches)
+
+    def close(self) -> None:
+        """End the threads, close the files and give the memory back. A second time it does nothing."""
+        self._opened.close()
+        self._forward = None
+
+    def __enter__(self) -> PartialRun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run_part(
+        self,
+        part: str,
+        module: nn.Module,
+        x: Tensor,
+        positions: Tensor,
+        caches: Caches | SpilledCaches | None,
+        first_row: int,
+        slots: Tensor | None,
+        kv_len: int | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """One part for all rows: in micro-batches, with its streamed slices held until the last one has passed."""
+        if part == "begin":
+            return self._begin(module, x, positions)
+        if part == "end":
+            return self._end(module, x)
+        batches = list(self._micro_batches(x, caches is not None and mask is None))
+        if len(batches) > 1:
+            self._weights.hold()
+        rows = range(first_row, first_row + x.shape[0])
+        cache = None
+        if isinstance(caches, SpilledCaches):
+            cache = caches.read(part, rows, kv_len or 0, fresh=kv_len == x.shape[1])
+        elif caches is not None:
+            cache = caches[part]
+        output = torch.empty_like(x) if len(batches) > 1 else x
+        for r, t in batches:
+            at = positions[r, t]
+            bound = kv_len if kv_len is None or t == slice(None) else min(kv_len, int(at.max()) + 1)
+            output[r, t] = self._timed(
+                module,
+                x[r, t],
+                at,
+                None if cache is None else tuple(tensor[rows.start : rows.stop][r] for tensor in cache),
+                slots=None if slots is None else slots[r, t],
+                kv_len=bound,
+                mask=None if mask is None else mask[r],
+            )
+        self._weights.let_go()
+        if isinstance(caches, SpilledCaches):
+            caches.write(part, rows, positions if slots is None else slots)
+        return output
+
+    def _micro_batches(self, x: Tensor, in_chunks: bool) -> Iterator[tuple[slice, slice]]:
+        """Whole rows together where they are short; one row, in chunks where a cache joins them, where it is long."""
+        rows, length = x.shape[:2]
+        at_once = max(1, self.plan.micro_batch // max(1, length))
+        chunk = self.plan.micro_batch if in_chunks and length > self.plan.micro_batch else length
+        for r in range(0, rows, at_once):
+            for t in range(0, length, chunk):
+                yield slice(r, r + at_once), slice(t, t + chunk) if chunk < length else slice(None)
+
+    def _timed(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        start, waited = time.perf_counter(), self._weights.waited
+        output = module(*args, **kwargs)
+        self.stats.seconds_computing += time.perf_counter() - start - (self._weights.waited - waited)
+        return output
+
+    def _begin(self, module: nn.Module, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """The begin with a matrix of only the rows that are looked up."""
+        ids, within = input_ids.unique(return_inverse=True)
+        for name in module.gathered:  # pyright: ignore
+            rows = self._store.rows("begin", name, ids.cpu())
+            self.stats.bytes_read += rows.nbytes
+            put(module, name, rows.to(self.device, self.plan.dtype))
+        return self._timed(module, within.view_as(input_ids), positions)
+
+    def _end(self, module: nn.Module, x: Tensor) -> Tensor:
+        batches = x.reshape(1, -1, x.shape[-1]).split(self.plan.micro_batch, dim=1)  # positions are all alike to it
+        if len(batches) > 1:
+            self._weights.hold()
+        outputs = [self._timed(module, batch) for batch in batches]
+        self._weights.let_go()
+        return torch.cat(outputs, dim=1).view(*x.shape[:2], -1)
+
+    def check_ids(self, input_ids: Tensor) -> None:
+        if input_ids.dim() != 2 or input_ids.is_floating_point() or not input_ids.numel():
+            raise ValueError(f"input_ids have to be integers [rows, tokens], at least one; got {input_ids.dtype} "
+                             f"{list(input_ids.shape)}")  # fmt: skip
+        for name in getattr(self.parts["begin"], "gathered", ()):
+            vocab = self._store.tensors("begin")[name].shape[0]
+            low, high = int(input_ids.min()), int(input_ids.max())
+            if low < 0 or high >= vocab:
+                raise ValueError(f"input_ids have the id {low if low < 0 else high}; the vocabulary has 0 to {vocab - 1}. "
+                                 "Is this the model's own tokenizer?")  # fmt: skip

@@ -1,0 +1,100 @@
+"""Where weights come from: a store, or any callable seen as one; and the memory that they are read into."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._plan import READERS
+from ._units import Unit
+
+
+def as_store(weights: Any, parts: Mapping[str, nn.Module]) -> Any:
+    """The weights themselves where they are a store (see llm_sepweight), else a store around the callable."""
+    if hasattr(weights, "read") and hasattr(weights, "tensors"):
+        return weights
+    load = getattr(weights, "load", weights)
+    if not callable(load):
+        raise TypeError(f"weights have to be a store or a callable load(part); got {type(weights).__name__}. "
+                        "For a dict of dicts pass its __getitem__")  # fmt: skip
+    return LoadedWhole(load, parts)
+
+
+def page_aligned(nbytes: int, *, pinned: bool = False) -> Tensor:
+    """Memory for direct reads: uint8 [nbytes], from a page's start, given back to the system with the tensor."""
+    if pinned:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+
+
+def slot_for(unit: Unit, *, pinned: bool = False) -> Tensor:
+    """Memory that a unit can be read into: direct reads begin and end at page bounds."""
+    return page_aligned(unit.nbytes + 2 * mmap.PAGESIZE, pinned=pinned)
+
+
+def read_rate(store: Any, units: list[Unit], seconds: float = 0.3) -> float:
+    """Bytes per second with as many reads in flight as a pass has, measured for a moment."""
+    local = threading.local()
+    start = time.perf_counter()
+
+    def read(unit: Unit) -> int:
+        if time.perf_counter() - start > seconds:
+            return 0
+        if not hasattr(local, "slot"):
+            local.slot = slot_for(max(units, key=lambda unit: unit.nbytes))
+        store.read(unit.part, unit.name, unit.start, unit.stop, local.slot)
+        return unit.nbytes
+
+    with ThreadPoolExecutor(READERS, "llm_partial_run rate") as pool:
+        done = sum(pool.map(read, units))
+    return done / (time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class _Info:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+class LoadedWhole:
+    """A plain `load(part)` callable, seen as a store: a part is loaded whole when a first slice of it is wanted."""
+
+    HELD = 2  # parts in memory at once: the one in use, and the next one that is being read
+
+    def __init__(self, load: Callable[[str], Mapping[str, Tensor]], parts: Mapping[str, nn.Module]):
+        self._load, self._lock = load, threading.Lock()
+        self._held: dict[str, Mapping[str, Tensor]] = {}
+        self._infos = {
+            part: {name: _Info(t.dtype, tuple(t.shape), t.nbytes) for name, t in self._part(part).items()}
+            for part in parts
+        }
+        self._held.clear()
+        self.transient_nbytes = self.HELD * max(sum(i.nbytes for i in infos.values()) for infos in self._infos.values())
+
+    def tensors(self, part: str) -> Mapping[str, _Info]:
+        return self._infos[part]
+
+    def read(self, part: str, name: str, start: int, stop: int, into: Tensor) -> Tensor:
+        rows = self._part(part)[name][start:stop]
+        view = into[: rows.nbytes].view(rows.dtype).view(rows.shape)
+        return view.copy_(rows)
+
+    def rows(self, part: str, name: str, ids: Tensor) -> Tensor:
+        return self._part(part)[name][ids]
+
+    def _part(self, part: str) -> Mapping[str, Tensor]:
+        with self._lock:
+            if part not in self._held:
+                while len(self._held) >= self.HELD:
+                    del self._held[next(iter(self._held))]
+                self._held[part] = self._load(part)
+            return self._held[part]

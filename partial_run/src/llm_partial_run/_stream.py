@@ -1,0 +1,115 @@
+"""Threads that read ahead, round and round, into a small ring of slots."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ._units import Unit
+
+
+class Stream:
+    """Fills slots with the same units in the same order, pass after pass, ahead of whoever takes them.
+
+    `fill(unit, slot)` returns the unit's tensor, as a rule a view of the slot. Up to `threads` fills run at once. A slot
+    is filled again when the unit in it has been released; units are taken and released in order. After the last unit
+    of a pass comes the first of the next, so the disk does not wait for what happens between passes. An error in
+    `fill` is raised by the `take` that asks for that unit. `source` is the stream that `fill` itself takes from, if any.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        slots: Sequence[Tensor],
+        fill: Callable[[Unit, Tensor], Tensor],
+        *,
+        threads: int,
+        source: Stream | None = None,
+    ):
+        self.waited = 0.0  # seconds that `take` has waited, over all passes
+        self._units, self._slots, self._fill, self._source = units, slots, fill, source
+        self._changed = threading.Condition()
+        self._closed = False
+        self._claimed = self._taken = self._released = 0  # units so far, over all passes
+        self._filled: dict[int, Tensor | BaseException] = {}
+        self._in_use: dict[int, Any] = {}  # slot -> an event that has yet to happen before the slot is written again
+        self._threads = [
+            threading.Thread(target=self._work, name=f"llm_partial_run reader {i}", daemon=True)
+            for i in range(min(threads, len(slots)))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def take(self, unit: Unit) -> Tensor:
+        """The tensor of the next unit, which has to be `unit`; waits until it is there."""
+        expected = self._units[self._taken % len(self._units)]
+        if unit != expected:
+            raise RuntimeError(
+                f"{unit} was called where {expected} is next: a streamed module has to call its Linears once each, "
+                "in the order in which they are registered"
+            )
+        start = time.perf_counter()
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._taken in self._filled)
+            self.waited += time.perf_counter() - start
+            if self._closed:
+                raise RuntimeError(f"the run was closed while {unit} was being read")
+            result = self._filled.pop(self._taken)
+            self._taken += 1
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def release(self, until: Any = None) -> None:
+        """Give back the slot of the oldest unit taken; with `until` (a device event) once that has happened."""
+        with self._changed:
+            self._in_use[self._released % len(self._slots)] = until
+            self._released += 1
+            self._changed.notify_all()
+
+    def rewind(self) -> None:
+        """Start over with the first unit, where the last pass was left in the middle."""
+        with self._changed:
+            if self._taken % len(self._units) == 0 and self._released == self._taken:
+                return
+            self._changed.wait_for(lambda: len(self._filled) == self._claimed - self._taken)
+            if self._source is not None:
+                self._source.rewind()
+            passes = -(-self._claimed // len(self._units))
+            self._claimed = self._taken = self._released = passes * len(self._units)
+            self._filled.clear()
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the threads, after the reads that they are in."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        self._filled.clear()
+        self._slots = ()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._claimed < self._released + len(self._slots))
+                if self._closed:
+                    return
+                ticket = self._claimed
+                self._claimed += 1
+                slot = ticket % len(self._slots)
+                until = self._in_use.pop(slot, None)
+            try:
+                if until is not None:
+                    until.synchronize()
+                result = self._fill(self._units[ticket % len(self._units)], self._slots[slot])
+            except BaseException as error:  # raised where the unit is taken
+                result = error
+            with self._changed:
+                self._filled[ticket] = result
+                self._changed.notify_all()

@@ -1,0 +1,193 @@
+"""The slices of a model's matrices: those that stay, and those that come by a stream when they are needed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._plan import READERS, Plan
+from ._stores import page_aligned, slot_for
+from ._stream import Stream
+from ._units import Model, Unit, linears_of
+
+
+class Weights:
+    """Lets each Linear of the parts compute slice by slice, from where the plan has put its slices.
+
+    With device memory there are three places: the device; pinned host memory, copied to slots on the device on a stream
+    beside the computation; and the disk, read into pinned slots and copied from there.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, nn.Module],
+        store: Any,
+        model: Model,
+        plan: Plan,
+        device: torch.device,
+        progress: Callable[[int, int], object] | None,
+    ):
+        self._parts, self._store, self._model, self._plan, self._device = parts, store, model, plan, device
+        self._pinned = device.type == "cuda"
+        self._local = plan.device_units if plan.device_memory else plan.resident_units  # where the computation is
+        self._kept: dict[Unit, Tensor] = {}
+        self._held: dict[Unit, Tensor] | None = None
+        self._disk: Stream | None = None
+        self._stream: Stream | None = None  # what the Linears take from: the disk's, or the device's
+        self._opened = ExitStack()
+        try:
+            self._load(progress)
+            self._start()
+            self._bind()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def waited(self) -> float:
+        """Seconds that the computation has waited for slices."""
+        return 0.0 if self._stream is None else self._stream.waited
+
+    def rewind(self) -> None:
+        """Be ready for a pass, also where the last one was left in the middle."""
+        self._held = None
+        if self._stream is not None:
+            self._stream.rewind()
+
+    def hold(self) -> None:
+        """Keep streamed slices until `let_go`: several micro-batches will use them."""
+        self._held = {}
+
+    def let_go(self) -> None:
+        for _ in range(len(self._held or ())):
+            self._release()
+        self._held = None
+
+    def pass_over(self, part: str) -> None:
+        """Keep the streams in step where a part is not computed."""
+        for unit in self._model.units:
+            if unit.part == part and unit not in self._local:
+                self._take(unit)
+                self._release()
+
+    def close(self) -> None:
+        """Give the modules their own `forward` back, end the threads, drop the weights."""
+        for module in self._parts.values():
+            for linear in linears_of(module).values():
+                linear.__dict__.pop("forward", None)
+        self._opened.close()
+        self._disk = self._stream = self._held = None
+        self._kept.clear()
+
+    # Loading
+
+    def _load(self, progress: Callable[[int, int], object] | None) -> None:
+        for part, name in self._model.kept:
+            info = self._store.tensors(part)[name]
+            tensor = self._store.read(part, name, 0, info.shape[0], page_aligned(info.nbytes + 2 * 4096))
+            dtype = self._plan.dtype if tensor.is_floating_point() else tensor.dtype
+            put(self._parts[part], name, tensor.to(self._device, dtype, copy=True))
+
+        wanted = self._plan.resident_units | self._plan.device_units
+        loading = [unit for unit in self._model.units if unit in wanted]
+        total, done = sum(unit.nbytes for unit in loading), 0
+        with ThreadPoolExecutor(READERS, "llm_partial_run loader") as pool:
+            try:
+                for unit, tensor in zip(loading, pool.map(self._keep, loading), strict=True):
+                    self._kept[unit] = tensor
+                    done += unit.nbytes
+                    if progress is not None:
+                        progress(done, total)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _keep(self, unit: Unit) -> Tensor:
+        """A slice that stays: at the same place in its page as when it is streamed, so that it gives the same bits."""
+        on_device = unit in self._plan.device_units
+        tensor = self._read(unit, slot_for(unit, pinned=self._pinned and not on_device))
+        return tensor.to(self._device, self._plan.dtype, copy=True) if on_device else tensor.to(self._plan.dtype)
+
+    def _start(self) -> None:
+        plan = self._plan
+        off_device = [unit for unit in self._model.units if unit not in plan.device_units]
+        from_disk = [unit for unit in off_device if unit not in plan.resident_units]
+        if from_disk:
+            slots = [page_aligned(plan.slot_nbytes, pinned=self._pinned) for _ in range(plan.slots)]
+            self._disk = self._stream = Stream(from_disk, slots, self._read, threads=READERS)
+            self._opened.callback(self._disk.close)
+        if plan.device_memory and off_device:
+            slots = [
+                torch.empty(plan.slot_nbytes, dtype=torch.uint8, device=self._device) for _ in range(plan.device_slots)
+            ]
+            self._side = torch.cuda.Stream(self._device) if self._pinned else None
+            self._stream = Stream(off_device, slots, self._upload, threads=1, source=self._disk)
+            self._opened.callback(self._stream.close)
+
+    def _read(self, unit: Unit, slot: Tensor) -> Tensor:
+        return self._store.read(unit.part, unit.name, unit.start, unit.stop, slot)
+
+    def _upload(self, unit: Unit, slot: Tensor) -> Tensor:
+        """Copy a slice to the device, on a stream of its own beside the computation."""
+        kept = self._kept.get(unit)
+        source = self._disk.take(unit) if kept is None else kept  # pyright: ignore[reportOptionalMemberAccess]
+        target = slot[: source.nbytes].view(source.dtype).view(source.shape)
+        if self._side is None:
+            target.copy_(source)
+        else:
+            with torch.cuda.stream(self._side):
+                target.copy_(source, non_blocking=True)
+            self._side.synchronize()
+        if kept is None:
+            self._disk.release()  # pyright: ignore[reportOptionalMemberAccess]
+        return target
+
+    def _bind(self) -> None:
+        by_matrix: dict[tuple[str, str], list[Unit]] = {}
+        for unit in self._model.units:
+            by_matrix.setdefault((unit.part, unit.name), []).append(unit)
+        for part, module in self._parts.items():
+            for name, linear in linears_of(module).items():
+                units = by_matrix[part, f"{name}.weight" if name else "weight"]
+                linear.forward = functools.partial(self._linear, linear, units)
+
+    # Computing
+
+    def _linear(self, linear: nn.Linear, units: list[Unit], x: Tensor) -> Tensor:
+        bias = linear._parameters["bias"]
+        outputs = [
+            self._slice(unit, x, None if bias is None else bias[unit.start : unit.stop]) for unit in units
+        ]  # each [..., rows of the slice]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+    def _slice(self, unit: Unit, x: Tensor, bias: Tensor | None) -> Tensor:
+        if unit in self._local:
+            return F.linear(x, self._kept[unit], bias)
+        if self._held is None:
+            output = F.linear(x, self._take(unit), bias)
+            self._release()
+            return output
+        if unit not in self._held:
+            self._held[unit] = self._take(unit)
+        return F.linear(x, self._held[unit], bias)
+
+    def _take(self, unit: Unit) -> Tensor:
+        return self._stream.take(unit).to(self._plan.dtype)  # pyright: ignore[reportOptionalMemberAccess]
+
+    def _release(self) -> None:
+        until = torch.cuda.current_stream(self._device).record_event() if self._pinned else None
+        self._stream.release(until)  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Bind a tensor as a parameter or buffer, at no cost: neither setattr nor load_state_dict."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = tensor  # pyright: ignore

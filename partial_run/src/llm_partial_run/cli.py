@@ -1,0 +1,262 @@
+"""The command `llm-partial-run`: composes the packages. The only module here that needs others of this family."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import PartialRun, format_bytes, plan
+from ._memory import peak_resident_set
+
+FAMILIES = "llm_microlibs.families"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+EXAMPLE = """
+examples:
+  llm-partial-run plan Llama-3.1-70B-Instruct --memory 14GiB
+  llm-partial-run generate Llama-3.1-70B-Instruct --memory 14GiB --prompt "The capital of France is"
+  cat question.txt | llm-partial-run generate MODEL_DIR --prompt - --json
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 wrong input (one line on stderr says what), 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        print(f"llm-partial-run: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llm-partial-run",
+        description="Run a language model that is larger than memory: what fits stays, the rest is streamed from disk.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "model_dir", type=Path, help="a Hugging Face checkpoint as downloaded, or one split by llm-sepweight"
+    )
+    shared.add_argument(
+        "--memory", metavar="SIZE", help="what the whole process may use, like 4GiB (default: 90%% of what is free)"
+    )
+    shared.add_argument(
+        "--context", type=int, metavar="N", help="most tokens of prompt and answer (default: what they need)"
+    )
+    shared.add_argument("--tokens", type=int, metavar="N", help="most tokens that one pass over the weights computes")
+    shared.add_argument("--dtype", choices=DTYPES, help="to compute in (default: the one stored)")
+    shared.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    shared.add_argument(
+        "--device-memory", metavar="SIZE", help="what may be used there (default: 90%% of what is free)"
+    )
+    shared.add_argument("--json", action="store_true", help="one JSON object on stdout instead of text")
+
+    command = commands.add_parser("plan", parents=[shared], help="show where every byte would go; loads nothing")
+    command.set_defaults(run=_plan)
+
+    command = commands.add_parser(
+        "generate", parents=[shared], help="continue a prompt; tokens appear as they are sampled"
+    )
+    command.add_argument("--prompt", required=True, help="the text to continue; - reads it from stdin")
+    command.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    command.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default)"
+    )
+    command.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest")
+    command.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest that have P of the mass")
+    command.add_argument("--seed", type=int, help="the same seed gives the same text")
+    command.set_defaults(run=_generate)
+    return parser
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    with Opened(arguments.model_dir) as (family, weights):
+        config = family.Config.from_hf(weights.config)
+        decided = plan(family.parts(config), weights, **_budget(arguments, arguments.context or 2048))
+    print(json.dumps(decided.as_dict()) if arguments.json else decided)
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    sampler = _sibling("llm_sampler")
+    tokenizer = _tokenizer(arguments.model_dir)
+    text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    prompt = tokenizer.encode(text).ids
+    if not prompt:
+        raise ValueError("the prompt is empty: give --prompt at least one token")
+    context = arguments.context or len(prompt) + arguments.max_new_tokens
+    if context < len(prompt) + arguments.max_new_tokens:
+        raise ValueError(
+            f"--context {context} is less than the prompt's {len(prompt)} tokens and --max-new-tokens "
+            f"{arguments.max_new_tokens} together"
+        )
+    with Opened(arguments.model_dir) as (family, weights):
+        config = family.Config.from_hf(weights.config)
+        stop_ids = _stop_ids(arguments.model_dir, config)
+        budget = _budget(arguments, context)
+        start = time.perf_counter()
+        with Bar() as progress, PartialRun(family.parts(config), weights, **budget, progress=progress) as run:
+            loaded = time.perf_counter()
+            print(run.plan, file=sys.stderr)
+            steps = sampler.sample(
+                run.forward,
+                [prompt],
+                max_new_tokens=arguments.max_new_tokens,
+                temperature=arguments.temperature,
+                top_k=arguments.top_k,
+                top_p=arguments.top_p,
+                seed=arguments.seed,
+                stop_ids=stop_ids,
+            )
+            times: list[float] = []
+            pieces: list[str] = []
+            for piece in sampler.stream_text(_clocked(steps, times), tokenizer.decode):
+                pieces.append(piece)
+                if not arguments.json:
+                    print(piece, end="", flush=True)
+            facts = _facts(run, prompt, times, start, loaded)
+    if arguments.json:
+        print(json.dumps({"prompt": text, "text": "".join(pieces)} | facts))
+    else:
+        print()
+        print(
+            f"{facts['new_tokens']} tokens, first after {facts['seconds_to_first_token']:.2f} s, "
+            f"then {facts['seconds_per_token']:.3f} s each; loading took {facts['seconds_loading']:.2f} s; "
+            f"{format_bytes(facts['bytes_read'])} read; of {facts['seconds_total']:.2f} s {facts['seconds_computing']:.2f} computing, "
+            f"{facts['seconds_waiting']:.2f} waiting for the disk; peak memory {format_bytes(facts['peak_memory'])}",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _facts(run: PartialRun, prompt: list[int], times: list[float], start: float, loaded: float) -> dict[str, Any]:
+    stats = run.stats
+    later = [b - a for a, b in itertools.pairwise(times)]
+    return {
+        "prompt_tokens": len(prompt),
+        "new_tokens": len(times),
+        "seconds_loading": loaded - start,
+        "seconds_to_first_token": times[0] - loaded if times else 0.0,
+        "seconds_per_token": sorted(later)[len(later) // 2] if later else 0.0,
+        "passes": stats.passes,
+        "bytes_read": stats.bytes_read,
+        "seconds_total": stats.seconds_total,
+        "seconds_computing": stats.seconds_computing,
+        "seconds_waiting": stats.seconds_waiting,
+        "peak_memory": peak_resident_set(),
+        "plan": run.plan.as_dict(),
+    }
+
+
+class Opened:
+    """The family that a checkpoint belongs to, and its weights, closed at the end."""
+
+    def __init__(self, model_dir: Path):
+        self._path = model_dir
+
+    def __enter__(self) -> tuple[Any, Any]:
+        family = _family(self._path)
+        self._weights = _sibling("llm_sepweight").open(self._path, layout=family.layout)
+        return family, self._weights
+
+    def __exit__(self, *_: object) -> None:
+        self._weights.close()
+
+
+def _family(model_dir: Path) -> Any:
+    path = model_dir / "config.json"
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: give the directory of a checkpoint, as downloaded or split")
+    try:
+        model_type = json.loads(path.read_text())["model_type"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no model's config ({type(error).__name__}: {error}): download it again") from error
+    found = {entry.name: entry for entry in entry_points(group=FAMILIES)}
+    if model_type not in found:
+        raise ValueError(
+            f"{path}: no installed package runs the model_type {model_type!r}; those here run {', '.join(sorted(found)) or 'none'}. "
+            "pip install llm_llama_model, or another family's package"
+        )
+    return found[model_type].load()
+
+
+def _sibling(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"this command needs {name}: pip install 'llm_partial_run[cli]'") from error
+
+
+def _tokenizer(model_dir: Path) -> Any:
+    path = model_dir / "tokenizer.json"
+    if not path.exists():
+        raise ValueError(
+            f"{path} does not exist: a prompt needs the model's own tokenizer; download it beside the config"
+        )
+    tokenizers = _sibling("tokenizers")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no narrower one
+        raise ValueError(f"{path} is no tokenizer ({error}): download it again") from error
+
+
+def _stop_ids(model_dir: Path, config: Any) -> tuple[int, ...]:
+    """The end-of-text ids: generation_config.json's, which chat models extend, and the config's."""
+    path = model_dir / "generation_config.json"
+    listed = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    more = [listed] if isinstance(listed, int) else listed or []
+    return tuple(dict.fromkeys([*more, *config.eos_ids]))
+
+
+def _budget(arguments: argparse.Namespace, context: int) -> dict[str, Any]:
+    return {
+        "memory": arguments.memory,
+        "context": context,
+        "tokens": arguments.tokens,
+        "dtype": DTYPES.get(arguments.dtype),
+        "device": arguments.device,
+        "device_memory": arguments.device_memory,
+    }
+
+
+class Bar:
+    """A progress bar on a terminal, once loading takes longer than two seconds."""
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        self._bar = _sibling("tqdm").tqdm(desc="loading", unit="B", unit_scale=True, delay=2, disable=None, leave=False)
+        return self._show
+
+    def _show(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self._bar.close()
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def _clocked(steps: Iterator[Any], times: list[float]) -> Iterator[Any]:
+    for step in steps:
+        times.append(time.perf_counter())
+        yield step
+
+
+if __name__ == "__main__":
+    sys.exit(main())

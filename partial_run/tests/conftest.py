@@ -1,0 +1,136 @@
+"""A tiny model that follows the contract of parts, its weights in a real file, and what can be done with both."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+torch.set_num_threads(1)  # the matrices are too small for more
+VOCAB, HIDDEN, LAYERS = 96, 32, 20
+
+
+class Begin(nn.Module):
+    gathered: ClassVar = {"embed.weight": "input_ids"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, HIDDEN)
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        return self.embed(input_ids)
+
+
+class Layer(nn.Module):
+    """One attention head, positions added to the keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN)
+        self.out = nn.Linear(HIDDEN, HIDDEN, bias=False)
+
+    def new_cache(self, rows: int, slots: int, *, dtype: torch.dtype, device: object) -> tuple[Tensor, Tensor]:
+        shape = (rows, slots, HIDDEN)
+        return torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)  # pyright: ignore
+
+    def forward(self, x, positions, cache=None, *, slots=None, kv_len=None, mask=None):
+        q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)
+        k = k + torch.sin(positions[..., None] * torch.arange(1, HIDDEN + 1) / HIDDEN).to(k.dtype)
+        seen_at = positions[:, None, :]
+        if cache is not None:
+            rows = torch.arange(x.shape[0])[:, None]
+            for kept, new in zip(cache, (k, v), strict=True):
+                kept[rows, positions if slots is None else slots] = new
+            k, v = (kept[:, :kv_len] for kept in cache)
+            seen_at = torch.arange(k.shape[1])[None, None, :]
+        visible = seen_at <= positions[:, :, None] if mask is None else mask
+        return x + self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=visible))
+
+
+class End(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.head = nn.Linear(HIDDEN, VOCAB, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x))
+
+
+@dataclass(frozen=True)
+class Info:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+class FileStore:
+    """Tensors one after the other in one file, read as llm_sepweight's store does."""
+
+    def __init__(self, path: Path, weights: dict[str, dict[str, Tensor]]):
+        self.reads = 0
+        self.fail_after: int | None = None
+        self._at: dict[tuple[str, str], tuple[int, Info]] = {}
+        with open(path, "wb") as file:
+            for part, tensors in weights.items():
+                for name, tensor in tensors.items():
+                    self._at[part, name] = file.tell(), Info(tensor.dtype, tuple(tensor.shape), tensor.nbytes)
+                    file.write(bytes(tensor.contiguous().view(-1).view(torch.uint8).tolist()))
+        self._file = os.open(path, os.O_RDONLY)
+
+    def tensors(self, part: str) -> dict[str, Info]:
+        return {name: info for (owner, name), (_, info) in self._at.items() if owner == part}
+
+    def read(self, part: str, name: str, start: int, stop: int, into: Tensor) -> Tensor:
+        self.reads += 1
+        if self.fail_after is not None and self.reads > self.fail_after:
+            raise OSError(f"{part}: {name} could not be read: the disk is gone")
+        at, info = self._at[part, name]
+        row = info.nbytes // info.shape[0]
+        data = os.pread(self._file, (stop - start) * row, at + start * row)
+        view = into[: len(data)].view(info.dtype).view(stop - start, *info.shape[1:])
+        return view.copy_(torch.frombuffer(bytearray(data), dtype=info.dtype).view(view.shape))
+
+    def rows(self, part: str, name: str, ids: Tensor) -> Tensor:
+        into = torch.empty(self._at[part, name][1].nbytes, dtype=torch.uint8)
+        return self.read(part, name, 0, VOCAB, into)[ids]
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+class Toy:
+    def __init__(self, path: Path):
+        generator = torch.Generator().manual_seed(0)
+        self.weights = {
+            part: {name: torch.randn(t.shape, generator=generator) * 0.3 for name, t in module.state_dict().items()}
+            for part, module in self.parts().items()
+        }
+        self.store = FileStore(path, self.weights)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """All parts, on meta."""
+        with torch.device("meta"):
+            return {"begin": Begin(), **{f"mid.{i:05d}": Layer() for i in range(LAYERS)}, "end": End()}
+
+    def resident_logits(self, ids: list[int]) -> Tensor:
+        """The model as plain modules: logits [T, V] of one row, each layer in full, with no engine."""
+        x, positions = torch.tensor([ids]), torch.arange(len(ids))[None]
+        for part, module in self.parts().items():
+            module.load_state_dict(self.weights[part], assign=True)
+            x = module(x) if part == "end" else module(x, positions)
+        return x[0].detach()
+
+
+@pytest.fixture
+def toy(tmp_path: Path):
+    model = Toy(tmp_path / "weights")
+    yield model
+    model.store.close()

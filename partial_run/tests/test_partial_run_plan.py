@@ -1,0 +1,77 @@
+"""The plan is a pure function: it never exceeds the memory, names the smallest, and spreads what stays evenly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llm_partial_run import BudgetError
+from llm_partial_run._plan import decide
+from llm_partial_run._units import Model, Unit
+
+MIB = 1 << 20
+UNITS = tuple(Unit(f"mid.{i:05d}", "weight", j, j + 1, 16 * MIB, 16 * MIB) for i in range(20) for j in range(10))
+MODEL = Model(
+    units=UNITS, kept=(), kept_nbytes=MIB, gathered_nbytes=100 * MIB, stored_nbytes=3301 * MIB, dtype=torch.bfloat16,
+    converted=False, vocab_size=1000, hidden_size=64, widths=1000, part_nbytes={f"mid.{i:05d}": 160 * MIB for i in range(20)},
+)  # fmt: skip
+
+
+def test_no_budget_is_exceeded_and_more_memory_never_streams_more():
+    streamed = None
+    for memory in range(400 * MIB, 4000 * MIB, 50 * MIB):
+        plan = decide(MODEL, memory=memory, runtime=300 * MIB)
+        assert plan.used <= memory
+        assert streamed is None or plan.streamed <= streamed
+        streamed = plan.streamed
+    assert streamed == 0
+
+
+def test_less_than_a_slice_and_a_page_of_the_budget_stays_unused():
+    plan = decide(MODEL, memory=2000 * MIB, runtime=300 * MIB)
+    assert 2000 * MIB - plan.used < 16 * MIB
+
+
+def test_what_stays_is_spread_evenly_between_what_is_streamed():
+    plan = decide(MODEL, memory=2000 * MIB, runtime=300 * MIB)
+    stays = [unit in plan.resident_units for unit in UNITS]
+    share = sum(stays) / len(stays)
+    for start in range(0, 190, 10):
+        assert abs(sum(stays[start : start + 10]) - 10 * share) <= 1
+
+
+def test_the_smallest_budget_works_and_one_byte_less_does_not():
+    with pytest.raises(BudgetError) as refused:
+        decide(MODEL, memory=0, runtime=300 * MIB)
+    smallest = refused.value.smallest
+    assert decide(MODEL, memory=smallest, runtime=300 * MIB).smallest == smallest
+    with pytest.raises(BudgetError, match="too small"):
+        decide(MODEL, memory=smallest - 1, runtime=300 * MIB)
+
+
+def test_caches_count_and_go_to_disk_only_where_they_do_not_fit():
+    kwargs = dict(memory=2000 * MIB, runtime=300 * MIB, rows=8, cache_part_nbytes=100 * MIB)
+    beside = decide(MODEL, cache_nbytes=500 * MIB, **kwargs)
+    assert (beside.caches, beside.spilled) == (500 * MIB, 0)
+    spilled = decide(MODEL, cache_nbytes=2000 * MIB, **kwargs)
+    assert (spilled.caches, spilled.spilled) == (100 * MIB, 2000 * MIB)
+    assert spilled.used <= 2000 * MIB
+
+
+def test_passes_of_more_tokens_than_a_micro_batch_hold_a_layer_in_the_ring():
+    assert decide(MODEL, memory=2000 * MIB, runtime=300 * MIB, tokens=10_000).ring >= 160 * MIB
+
+
+def test_device_memory_is_filled_first_then_pinned_memory_then_disk():
+    plan = decide(MODEL, memory=1500 * MIB, runtime=300 * MIB, device_memory=1000 * MIB)
+    assert 800 * MIB < plan.device <= 1000 * MIB
+    assert plan.host > 1000 * MIB
+    assert plan.device + plan.host + plan.streamed == 3200 * MIB
+    assert plan.device_units.isdisjoint(plan.resident_units)
+
+
+def test_the_table_names_every_use_of_the_memory():
+    text = str(decide(MODEL, memory=2000 * MIB, runtime=300 * MIB, read_rate=1e9))
+    for line in ("memory", "runtime", "weights resident", "buffers", "caches", "activations", "read per pass"):
+        assert line in text
+    assert "s at the 1.00 GB/s measured" in text

@@ -1,0 +1,273 @@
+"""The engine on a real file: whatever the budget, the same bits; whatever happens, no hang and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+
+import pytest
+import torch
+
+from llm_partial_run import BudgetError, PartialRun, SpilledCaches, plan
+
+BUDGET = dict(rows=3, context=40, tokens=48, runtime=0)  # the model's own memory, without Python and torch
+
+
+def smallest(toy, **changes):
+    with pytest.raises(BudgetError) as refused:
+        plan(toy.parts(), toy.store, memory=1, **(BUDGET | changes))
+    return refused.value.smallest
+
+
+def run_of(toy, memory, **changes):
+    return PartialRun(toy.parts(), toy.store, memory=memory, **(BUDGET | changes))
+
+
+def last(run, prompts, n=1):
+    width = max(map(len, prompts))
+    ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts])
+    return run.forward.last_logits(ids, torch.tensor([len(prompt) for prompt in prompts]), n)
+
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3], [5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6]]
+
+
+def test_every_budget_from_the_smallest_to_everything_gives_the_same_bits(toy):
+    least = smallest(toy)
+    with run_of(toy, "1GiB") as run:
+        assert run.plan.streamed == 0
+        expected = [last(run, PROMPTS), last(run, [[*prompt, 7] for prompt in PROMPTS])]
+    streamed = set()
+    for memory in range(least, least + 600_000, 30_000):
+        with run_of(toy, memory) as run:
+            assert run.plan.used <= memory
+            streamed.add(run.plan.streamed)
+            assert torch.equal(last(run, PROMPTS), expected[0])
+            assert torch.equal(last(run, [[*prompt, 7] for prompt in PROMPTS]), expected[1])
+    assert len(streamed) > 8
+    assert 0 in streamed
+
+
+def test_logits_are_those_of_the_plain_modules(toy):
+    with run_of(toy, smallest(toy)) as run:
+        for prompt, logits in zip(PROMPTS, last(run, PROMPTS), strict=True):
+            torch.testing.assert_close(logits[0], toy.resident_logits(prompt)[-1], atol=2e-5, rtol=0)
+        everything = run.forward(torch.tensor([PROMPTS[2]]))[0]
+        torch.testing.assert_close(everything, toy.resident_logits(PROMPTS[2]), atol=2e-5, rtol=0)
+
+
+def test_less_than_the_smallest_budget_is_refused_before_anything_is_read(toy):
+    least = smallest(toy)
+    toy.store.reads = 0
+    with pytest.raises(BudgetError, match=f"smallest that works is {least} bytes"):
+        run_of(toy, least - 1)
+    assert toy.store.reads == 0
+
+
+def test_rows_that_grow_shrink_change_places_and_fan_out_equal_each_row_alone(toy):
+    dice = random.Random(0)
+    with run_of(toy, smallest(toy)) as run:
+        pool = [[dice.randrange(96) for _ in range(dice.randrange(1, 12))] for _ in range(4)]
+        for _ in range(40):
+            prompts = []
+            for prompt in dice.choices(pool, k=dice.randrange(1, 6)):  # more rows than the caches have, too
+                kept = prompt[: dice.randrange(1, len(prompt) + 1)]
+                prompts.append((kept + [dice.randrange(96) for _ in range(dice.randrange(4))])[:40])
+            pool = (pool + prompts)[-6:]
+            n = min(map(len, prompts)) if dice.random() < 0.3 else 1
+            for prompt, logits in zip(prompts, last(run, prompts, n), strict=True):
+                torch.testing.assert_close(logits, toy.resident_logits(prompt)[-n:], atol=2e-5, rtol=0)
+
+
+def test_a_known_prefix_is_not_computed_again(toy):
+    with run_of(toy, "1GiB") as run:
+        last(run, [list(range(20))])
+        assert run.stats.tokens == 20
+        last(run, [list(range(21))])
+        assert run.stats.tokens == 21
+        last(run, [[*range(10), 50], [*range(10), 51], [*range(10), 52]])  # one row goes on, two get copies
+        assert run.stats.tokens == 24
+
+
+def test_a_long_prefix_shared_by_new_rows_is_computed_once(toy):
+    with run_of(toy, "1GiB", context=400, tokens=400) as run:
+        shared = [i % 96 for i in range(300)]
+        logits = last(run, [[*shared, 1], [*shared, 2], [*shared, 3]])
+        assert run.stats.tokens == 303
+        torch.testing.assert_close(logits[2, 0], toy.resident_logits([*shared, 3])[-1], atol=2e-5, rtol=0)
+
+
+def test_prompts_longer_than_a_pass_go_in_several(toy):
+    prompt = [i * 7 % 96 for i in range(40)]
+    with run_of(toy, smallest(toy, tokens=5), tokens=5) as run:
+        logits = last(run, [prompt], 8)
+        assert run.stats.passes == 8
+    torch.testing.assert_close(logits[0], toy.resident_logits(prompt)[-8:], atol=2e-5, rtol=0)
+
+
+def test_micro_batches_share_one_read_of_each_layer(toy):
+    rows = [[i * j % 96 for i in range(13)] for j in (3, 5, 7)]
+    least = smallest(toy, micro_batch=5)
+    results = []
+    for memory in (least, least + 50_000, "1GiB"):
+        with run_of(toy, memory, micro_batch=5) as run:
+            results.append(last(run, rows))
+            assert run.stats.passes == 1
+            assert memory == "1GiB" or run.plan.streamed > 0
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    for row, logits in zip(rows, results[0], strict=True):
+        torch.testing.assert_close(logits[0], toy.resident_logits(row)[-1], atol=2e-5, rtol=0)
+
+
+def test_caches_that_do_not_fit_go_to_disk_with_the_same_bits(toy, tmp_path):
+    grown = [[*prompt, 7] for prompt in PROMPTS]
+    with run_of(toy, "1GiB") as run:
+        expected = [last(run, PROMPTS), last(run, grown), last(run, [grown[0] + [1], grown[0] + [2]])]
+    with run_of(toy, smallest(toy), spill=tmp_path) as run:
+        assert run.plan.spilled
+        assert isinstance(run.planned_caches(), SpilledCaches)
+        assert torch.equal(last(run, PROMPTS), expected[0])
+        assert torch.equal(last(run, grown), expected[1])
+        assert torch.equal(last(run, [grown[0] + [1], grown[0] + [2]]), expected[2])
+
+
+def test_parts_run_in_two_runs_equal_the_whole(toy):
+    parts = list(toy.parts().items())
+    positions = torch.arange(7)[None]
+    with run_of(toy, "1GiB") as whole:
+        expected = whole(torch.tensor([PROMPTS[0]]))
+    first, second = dict(parts[:4]), dict(parts[4:])
+    with (
+        PartialRun(first, toy.store, memory="1GiB", **BUDGET) as run,
+        PartialRun(second, toy.store, memory="1GiB", **BUDGET) as rest,
+    ):
+        hidden = run(torch.tensor([PROMPTS[0]]), positions, run.new_caches())
+        assert torch.equal(rest(hidden, positions, rest.new_caches()), expected)
+
+
+def test_device_tier_with_copies_ahead_gives_the_same_bits(toy):
+    grown = [[*prompt, 7] for prompt in PROMPTS]
+    with run_of(toy, "1GiB") as run:
+        expected = [last(run, PROMPTS), last(run, grown)]
+    for device_memory in (150_000, 250_000):
+        with run_of(toy, smallest(toy) + 50_000, device_memory=device_memory) as run:
+            assert run.plan.device > 0
+            assert run.plan.host > 0
+            assert run.plan.streamed > 0
+            assert torch.equal(last(run, PROMPTS), expected[0])
+            assert torch.equal(last(run, grown), expected[1])
+
+
+def test_a_plain_load_callable_is_enough(toy):
+    with run_of(toy, "1GiB") as run:
+        expected = last(run, PROMPTS)
+    with PartialRun(toy.parts(), toy.weights.__getitem__, memory="1GiB", **BUDGET) as run:
+        assert torch.equal(last(run, PROMPTS), expected)
+        least = run.plan.smallest
+    with PartialRun(toy.parts(), toy.weights.__getitem__, memory=least, **BUDGET) as run:
+        assert torch.equal(last(run, PROMPTS), expected)
+
+
+def test_another_computing_dtype_streams_the_same_bits_as_it_keeps(toy):
+    with run_of(toy, "1GiB", dtype=torch.bfloat16) as run:
+        expected = last(run, PROMPTS)
+        assert expected.dtype == torch.bfloat16
+    with run_of(toy, smallest(toy, dtype=torch.bfloat16), dtype=torch.bfloat16) as run:
+        assert run.plan.streamed
+        assert torch.equal(last(run, PROMPTS), expected)
+
+
+def test_a_read_error_in_a_pass_surfaces_as_itself_and_the_next_pass_is_right(toy):
+    with run_of(toy, smallest(toy)) as run:
+        toy.store.fail_after = toy.store.reads + 1
+        with pytest.raises(OSError, match="the disk is gone"):
+            last(run, [[1, 2, 3]])
+        toy.store.fail_after = None
+        for prompt, logits in zip(PROMPTS, last(run, PROMPTS), strict=True):
+            torch.testing.assert_close(logits[0], toy.resident_logits(prompt)[-1], atol=2e-5, rtol=0)
+
+
+def test_a_read_error_while_loading_leaves_no_thread(toy):
+    before = threading.active_count()
+    toy.store.fail_after = 30
+    with pytest.raises(OSError, match="the disk is gone"):
+        run_of(toy, "1GiB")
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_closing_leaves_no_thread_no_file_and_the_modules_as_they_were(toy, tmp_path, error):
+    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    parts = toy.parts()
+
+    def work():
+        with PartialRun(parts, toy.store, memory=smallest(toy), spill=tmp_path, **BUDGET) as run:
+            last(run, PROMPTS)
+            assert threading.active_count() > threads
+            if error is not None:
+                raise error
+
+    if error is None:
+        work()
+    else:
+        with pytest.raises(error):
+            work()
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) == files
+    assert "forward" not in vars(parts["mid.00000"].qkv)
+
+
+def test_a_row_that_overflowed_is_cleared_before_its_cache_is_used_again(toy):
+    toy.weights["begin"]["embed.weight"][13] = float("inf")
+    with PartialRun(toy.parts(), toy.weights.__getitem__, memory="1GiB", **(BUDGET | {"rows": 1})) as run:
+        assert not last(run, [[5, 6, 13]]).isfinite().all()
+        logits = last(run, [[5, 6]])
+    torch.testing.assert_close(logits[0, 0], toy.resident_logits([5, 6])[-1], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("ids", "lengths", "message"),
+    [
+        ([[1, 96]], [2], "the id 96; the vocabulary has 0 to 95"),
+        ([[-1, 5]], [2], "the id -1"),
+        ([[1, 2]], [0], "row 0 has 0 tokens"),
+        ([[1] * 41], [41], "at most context=40"),
+        ([[]], [0], "at least one"),
+    ],
+)
+def test_wrong_ids_are_named(toy, ids, lengths, message):
+    with run_of(toy, "1GiB") as run, pytest.raises(ValueError, match=message):
+        run.forward.last_logits(torch.tensor(ids, dtype=torch.long), torch.tensor(lengths), 1)
+
+
+def test_a_pass_larger_than_planned_is_refused(toy):
+    with run_of(toy, "1GiB") as run, pytest.raises(ValueError, match="more than the 48 that a pass is planned for"):
+        run(torch.zeros(7, 7, dtype=torch.long))
+
+
+def test_weights_that_do_not_fit_the_modules_are_named(toy):
+    weights = {part: dict(tensors) for part, tensors in toy.weights.items()}
+    weights["mid.00003"]["out.weight"] = torch.zeros(5, 5)
+    with pytest.raises(
+        ValueError, match=r"mid.00003: out.weight is \[5, 5\] in the weights and \[32, 32\] in the model"
+    ):
+        PartialRun(toy.parts(), weights.__getitem__, memory="1GiB", **BUDGET)
+    del weights["mid.00003"]["out.weight"]
+    with pytest.raises(ValueError, match=r"mid.00003: the weights have no 'out.weight'"):
+        PartialRun(toy.parts(), weights.__getitem__, memory="1GiB", **BUDGET)
+    weights["mid.00003"]["out.weight"] = torch.zeros(32, 32, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"mid.00003: out.weight is stored as torch.int8"):
+        PartialRun(toy.parts(), weights.__getitem__, memory="1GiB", **BUDGET)
+
+
+def test_a_module_that_calls_its_linears_in_another_order_is_refused_not_computed_wrongly(toy):
+    parts = toy.parts()
+    layer = parts["mid.00002"]
+    layer.forward = lambda x, *_, **__: layer.qkv(layer.out(x))[..., :32]
+    with (
+        PartialRun(parts, toy.store, memory=smallest(toy), **BUDGET) as run,
+        pytest.raises(RuntimeError, match="order"),
+    ):
+        last(run, PROMPTS)
