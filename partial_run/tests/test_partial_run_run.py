@@ -271,3 +271,18 @@ def test_a_module_that_calls_its_linears_in_another_order_is_refused_not_compute
         pytest.raises(RuntimeError, match="order"),
     ):
         last(run, PROMPTS)
+
+
+def test_progress_is_told_while_loading_and_in_each_pass(toy):
+    told = []
+    with run_of(toy, smallest(toy) + 100_000, progress=lambda *report: told.append(report)) as run:
+        last(run, PROMPTS)
+    loading = [report for report in told if report[0] == "loading"]
+    assert loading[-1][1] == loading[-1][2] == run.plan.resident
+    assert told[-1] == ("pass", len(run.parts), len(run.parts))
+
+
+def test_more_logits_than_the_plan_has_memory_for_are_refused(toy):
+    long = torch.zeros(1, 2000, dtype=torch.long)
+    with run_of(toy, "1GiB", context=2000, tokens=10) as run, pytest.raises(ValueError, match="ask for fewer at a time"):
+        run.forward(long)

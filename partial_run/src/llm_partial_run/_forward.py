@@ -36,20 +36,21 @@ class Forward:
     def __call__(self, input_ids: Tensor) -> Tensor:
         """Logits [B, T, V] of every position."""
         rows, length = input_ids.shape
-        nbytes = rows * length * self._run.vocab_size * self._run.plan.dtype.itemsize
-        if nbytes > self._run.plan.activations:
-            raise ValueError(
-                f"logits of all {rows} x {length} positions are {format_bytes(nbytes)}, more than the plan's activations: "
-                "use last_logits, or pass fewer tokens at a time"
-            )
         return self.last_logits(input_ids, torch.full((rows,), length), length)
 
     def last_logits(self, input_ids: Tensor, lengths: Tensor, n: int = 1) -> Tensor:
         """Logits [B, n, V] of the last n positions of each row: `lengths[b] - n` to `lengths[b] - 1`.
 
-        :raises ValueError: for ids beyond the vocabulary, empty rows, and rows longer than the planned context.
+        :raises ValueError: for ids beyond the vocabulary, rows that are empty or longer than the planned context, and more
+            logits than the plan has memory for.
         """
         self._run.check_ids(input_ids)
+        nbytes = len(input_ids) * n * self._run.vocab_size * self._run.plan.dtype.itemsize
+        if n > 1 and nbytes > self._run.plan.activations:
+            raise ValueError(
+                f"logits of {len(input_ids)} x {n} positions are {format_bytes(nbytes)}, more than all the "
+                f"{format_bytes(self._run.plan.activations)} planned for activations: ask for fewer at a time"
+            )
         prompts = [row[:length] for row, length in zip(input_ids.tolist(), lengths.tolist(), strict=True)]
         for i, prompt in enumerate(prompts):
             if not 1 <= n <= len(prompt) <= self._run.plan.context:

@@ -75,7 +75,11 @@ class Plan:
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         lines = [
-            ("memory", self.memory, "for the whole process" if self.runtime else "for the model, beside Python and torch"),
+            (
+                "memory",
+                self.memory,
+                "for the whole process" if self.runtime else "for the model, beside Python and torch",
+            ),
             ("runtime", self.runtime, "Python, torch, its kernels and a margin"),
             ("weights resident", self.kept + self.resident, f"of {format_bytes(self.stored)}, computing in {dtype}"),
             ("buffers", self.ring, f"{self.slots} slots of {format_bytes(self.slot_nbytes)} to read into"),

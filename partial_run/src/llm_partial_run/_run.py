@@ -21,7 +21,7 @@ from ._memory import available, measured_runtime, parse_bytes
 from ._plan import Plan, decide
 from ._stores import as_store, read_rate
 from ._units import survey
-from ._weights import Weights, put
+from ._weights import Progress, Weights, put
 
 DEFAULT_SHARE = 0.9  # of what is free, where no `memory` is given
 MARGIN = 32 << 20  # what no formula counts: heap, page tables, the kernels' scratch memory
@@ -108,7 +108,7 @@ class PartialRun:
     :param device: where to compute. With "cuda" weights stay in `device_memory` first, then in pinned host memory.
     :param runtime: bytes to count for Python and torch. Default: measured; 0 lets `memory` count the model alone.
     :param spill: directory for the caches that do not fit in memory. Default: the system's directory for such files.
-    :param progress: called with (bytes loaded, bytes to load) while the resident weights are read.
+    :param progress: called with ("loading", bytes, of bytes) and, in each pass, with ("pass", parts, of parts).
     :raises BudgetError: before anything is loaded, where `memory` is too small.
 
     Closing it, also by an exception, ends its threads and files. The modules can then be used in another run.
@@ -129,7 +129,7 @@ class PartialRun:
         device_memory: int | str | None = None,
         runtime: int | str | None = None,
         spill: str | os.PathLike[str] | None = None,
-        progress: Callable[[int, int], object] | None = None,
+        progress: Progress | None = None,
     ):
         self.parts = dict(parts)
         self.device = torch.device(device)
@@ -140,6 +140,7 @@ class PartialRun:
             dtype=dtype, device=device, device_memory=device_memory, runtime=runtime,
         )  # fmt: skip
         self._model = survey(parts, self._store, dtype)
+        self._progress = progress
         self._spill = spill or tempfile.gettempdir()
         self._lock = threading.RLock()
         self._forward: Forward | None = None
@@ -200,7 +201,9 @@ class PartialRun:
             waited = self._weights.waited
             self._weights.rewind()
             x, positions = x.to(self.device), positions.to(self.device)
-            for part, module in self.parts.items():
+            for done, (part, module) in enumerate(self.parts.items()):
+                if self._progress is not None:
+                    self._progress("pass", done, len(self.parts))
                 if part == "end" and before_end is not None:
                     wanted = before_end(x)
                     if wanted is None:
@@ -208,6 +211,8 @@ class PartialRun:
                         break
                     x, positions = wanted, positions[:, :1]
                 x = self._run_part(part, module, x, positions, caches, first_row, slots, kv_len, mask)
+            if self._progress is not None:
+                self._progress("pass", len(self.parts), len(self.parts))
             self.stats.passes += 1
             self.stats.tokens += rows * length
             self.stats.bytes_read += self.plan.streamed

@@ -17,6 +17,8 @@ from ._stores import page_aligned, slot_for
 from ._stream import Stream
 from ._units import Model, Unit, linears_of
 
+Progress = Callable[[str, int, int], object]  # (what is being done, done, of how many)
+
 
 class Weights:
     """Lets each Linear of the parts compute slice by slice, from where the plan has put its slices.
@@ -32,7 +34,7 @@ class Weights:
         model: Model,
         plan: Plan,
         device: torch.device,
-        progress: Callable[[int, int], object] | None,
+        progress: Progress | None,
     ):
         self._parts, self._store, self._model, self._plan, self._device = parts, store, model, plan, device
         self._pinned = device.type == "cuda"
@@ -88,7 +90,7 @@ class Weights:
 
     # Loading
 
-    def _load(self, progress: Callable[[int, int], object] | None) -> None:
+    def _load(self, progress: Progress | None) -> None:
         for part, name in self._model.kept:
             info = self._store.tensors(part)[name]
             tensor = self._store.read(part, name, 0, info.shape[0], page_aligned(info.nbytes + 2 * 4096))
@@ -104,7 +106,7 @@ class Weights:
                     self._kept[unit] = tensor
                     done += unit.nbytes
                     if progress is not None:
-                        progress(done, total)
+                        progress("loading", done, total)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise

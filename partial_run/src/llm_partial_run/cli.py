@@ -8,7 +8,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def _generate(arguments: argparse.Namespace) -> int:
             )
             times: list[float] = []
             pieces: list[str] = []
-            for piece in sampler.stream_text(_clocked(steps, times), tokenizer.decode):
+            for piece in sampler.stream_text(_clocked(steps, times, progress), tokenizer.decode):
                 pieces.append(piece)
                 if not arguments.json:
                     print(piece, end="", flush=True)
@@ -236,24 +236,40 @@ def _budget(arguments: argparse.Namespace, context: int) -> dict[str, Any]:
 
 
 class Bar:
-    """A progress bar on a terminal, once loading takes longer than two seconds."""
+    """A progress bar on a terminal, for what takes longer than two seconds until the first token is there."""
 
-    def __enter__(self) -> Callable[[int, int], None]:
-        self._bar = _sibling("tqdm").tqdm(desc="loading", unit="B", unit_scale=True, delay=2, disable=None, leave=False)
-        return self._show
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._what = ""
 
-    def _show(self, done: int, total: int) -> None:
-        self._bar.total = total
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self._what == "done":
+            return
+        if what != self._what:
+            self.close()
+            unit = {"unit": "B", "unit_scale": True} if what == "loading" else {"unit": "part"}
+            description = "loading" if what == "loading" else "reading the prompt"
+            self._bar = _sibling("tqdm").tqdm(desc=description, total=total, delay=2, disable=None, leave=False, **unit)
+            self._what = what
         self._bar.update(done - self._bar.n)
-        if done == total:
+
+    def close(self) -> None:
+        """End the bar; later calls show nothing."""
+        if self._bar is not None:
             self._bar.close()
+        self._what = "done" if self._what == "pass" else ""
+
+    def __enter__(self) -> Bar:
+        return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        self.close()
 
 
-def _clocked(steps: Iterator[Any], times: list[float]) -> Iterator[Any]:
+def _clocked(steps: Iterator[Any], times: list[float], progress: Bar) -> Iterator[Any]:
+    """The steps as they come; when they came goes into `times`, and the first ends the bar."""
     for step in steps:
+        progress.close()
         times.append(time.perf_counter())
         yield step
 
