@@ -1,0 +1,60 @@
+"""Where each key of a Hugging Face checkpoint belongs among the parts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ._config import Config
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+ALWAYS = (*QKV, "self_attn.o_proj", *MLP, "input_layernorm", "post_attention_layernorm")
+YI_NORMS = {"ln1.weight": "input_layernorm.weight", "ln2.weight": "post_attention_layernorm.weight"}  # first uploads
+COMPUTED = "self_attn.rotary_emb.inv_freq"  # stored by old versions of transformers, computed here
+
+
+def layout(key: str, config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The places, each (part, name), of the tensor that a checkpoint stores under `key`; none where it is not needed.
+
+    config: the model's config.json. Raises ValueError naming a key, or a layer, that such a model has no place for.
+
+    >>> llama = dict(model_type="llama", vocab_size=96, hidden_size=32, intermediate_size=48,
+    ...              num_hidden_layers=4, num_attention_heads=4, tie_word_embeddings=True)
+    >>> layout("model.layers.3.mlp.up_proj.weight", llama)
+    [('mid.00003', 'mlp.up_proj.weight')]
+    >>> layout("model.embed_tokens.weight", llama)
+    [('begin', 'embed_tokens.weight'), ('end', 'lm_head.weight')]
+    """
+    known = Config.from_hf(config)
+    if key == "model.embed_tokens.weight":
+        head = [("end", "lm_head.weight")] if known.tie_word_embeddings else []
+        return [("begin", "embed_tokens.weight"), *head]
+    if key == "lm_head.weight":  # a tied head that is stored all the same is the embedding again
+        return [] if known.tie_word_embeddings else [("end", "lm_head.weight")]
+    if key == "model.norm.weight":
+        return [("end", "norm.weight")]
+
+    match = re.fullmatch(r"model\.layers\.([0-9]+)\.(.+)", key)
+    if not match:
+        raise ValueError(f"checkpoint key {key!r} has no place in a model of model_type {known.model_type!r}")
+    layer, name = int(match[1]), match[2]
+    if layer >= known.num_hidden_layers:
+        raise ValueError(
+            f"checkpoint key {key!r}: the model has {known.num_hidden_layers} layers, none numbered {layer}"
+        )
+    if name == COMPUTED:
+        return []
+    if known.model_type == "Yi":
+        name = YI_NORMS.get(name, name)
+    if name not in _layer_names(known):
+        raise ValueError(f"checkpoint key {key!r} has no place in a layer of this {known.model_type!r} model")
+    return [(f"mid.{layer:05d}", name)]
+
+
+def _layer_names(config: Config) -> set[str]:
+    """The names in `Layer(config, 0).state_dict()`."""
+    biased = QKV * config.qkv_bias + ("self_attn.o_proj",) * config.o_bias + MLP * config.mlp_bias
+    normed = ("self_attn.q_norm", "self_attn.k_norm") * config.qk_norm
+    return {f"{name}.weight" for name in ALWAYS + normed} | {f"{name}.bias" for name in biased}
