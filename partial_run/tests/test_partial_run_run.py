@@ -286,3 +286,12 @@ def test_more_logits_than_the_plan_has_memory_for_are_refused(toy):
     long = torch.zeros(1, 2000, dtype=torch.long)
     with run_of(toy, "1GiB", context=2000, tokens=10) as run, pytest.raises(ValueError, match="ask for fewer at a time"):
         run.forward(long)
+
+
+def test_a_row_that_starts_beside_one_that_fills_its_context_is_no_prefill_from_nothing(toy):
+    full = [i * 5 % 96 for i in range(40)]
+    with run_of(toy, smallest(toy, tokens=120), tokens=120) as run:
+        last(run, [PROMPTS[0]])
+        logits = last(run, [[*PROMPTS[0], 8], full])
+    torch.testing.assert_close(logits[0, 0], toy.resident_logits([*PROMPTS[0], 8])[-1], atol=2e-5, rtol=0)
+    torch.testing.assert_close(logits[1, 0], toy.resident_logits(full)[-1], atol=2e-5, rtol=0)

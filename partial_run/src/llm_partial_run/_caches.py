@@ -33,7 +33,7 @@ class SpilledCaches:
         self._strides = [-(-slots * nbytes // PAGE) * PAGE for nbytes in self._slot_nbytes]  # bytes from row to row
         self._starts = [rows * sum(self._strides[:i]) for i in range(len(like))]
         self._layer_nbytes = rows * sum(self._strides)
-        self._buffer = mmap.mmap(-1, self._layer_nbytes)
+        self._buffer = mmap.mmap(-1, self._layer_nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         flat = torch.frombuffer(self._buffer, dtype=torch.uint8)
         self._tensors = tuple(
             flat[start : start + rows * stride]

@@ -114,7 +114,6 @@ class Forward:
                 positions,
                 self._caches,
                 slots=slots,
-                kv_len=int(positions.max()) + 1,
                 first_row=first_row,
                 before_end=collect,
             )

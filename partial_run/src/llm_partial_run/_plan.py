@@ -118,7 +118,7 @@ def decide(
 
     :param runtime: bytes in use before anything is loaded, and the margin for what no formula counts.
     :param slack: added to the smallest that is named, since another process's runtime differs by a little.
-    :param tokens: tokens that one pass may compute; more than fit through a layer at once hold a layer's streamed
+    :param tokens: tokens that one pass may compute, of the rows * context that there can be; more than fit through a layer at once hold a layer's streamed
         slices in the ring until all have passed, so that each is read once. Default: `micro_batch`.
     :param micro_batch: tokens that go through a layer at once.
     :param cache_nbytes: keys and values of all layers, rows and slots; `cache_part_nbytes`: of the largest layer.
@@ -127,7 +127,7 @@ def decide(
     :raises BudgetError: where `memory` is too small; it names the smallest that works.
     """
     micro_batch = micro_batch or MICRO_BATCH
-    tokens = max(tokens or micro_batch, rows)
+    tokens = max(min(tokens or micro_batch, rows * context), rows)
     micro_batch = min(tokens, micro_batch)
     slot = max((unit.nbytes for unit in model.units), default=0) + 2 * 4096  # reads begin and end at page bounds
     hold = max(model.part_nbytes.values(), default=0) if tokens > micro_batch else 0

@@ -194,8 +194,8 @@ class PartialRun:
             )
         if "begin" in self.parts:
             self.check_ids(x)
-        if caches is not None and kv_len is None:
-            kv_len = int(positions.max()) + 1
+        if caches is not None:
+            kv_len = _bound(positions, kv_len)
         with self._lock, torch.inference_mode():
             start = time.perf_counter()
             waited = self._weights.waited
@@ -291,7 +291,7 @@ class PartialRun:
         output = torch.empty_like(x) if len(batches) > 1 else x
         for r, t in batches:
             at = positions[r, t]
-            bound = kv_len if kv_len is None or t == slice(None) else min(kv_len, int(at.max()) + 1)
+            bound = kv_len if kv_len is None or t == slice(None) else _bound(at, kv_len)
             output[r, t] = self._timed(
                 module,
                 x[r, t],
@@ -348,3 +348,10 @@ class PartialRun:
             if low < 0 or high >= vocab:
                 raise ValueError(f"input_ids have the id {low if low < 0 else high}; the vocabulary has 0 to {vocab - 1}. "
                                  "Is this the model's own tokenizer?")  # fmt: skip
+
+
+def _bound(positions: Tensor, kv_len: int | None) -> int:
+    """The slots in use; one more where it would look like a prefill from nothing (`kv_len == T`) and is none."""
+    seen = int(positions.max()) + 1
+    bound = seen if kv_len is None else min(seen, kv_len)
+    return bound + 1 if bound == positions.shape[1] and positions[:, 0].any() else bound

@@ -29,10 +29,16 @@ def as_store(weights: Any, parts: Mapping[str, nn.Module]) -> Any:
 
 
 def page_aligned(nbytes: int, *, pinned: bool = False) -> Tensor:
-    """Memory for direct reads: uint8 [nbytes], from a page's start, given back to the system with the tensor."""
+    """Memory for direct reads: uint8 [nbytes], from a page's start, given back to the system with the tensor.
+
+    In huge pages where the system has them: direct reads into small ones, and computing from them, cost a good deal more.
+    """
     if pinned:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def slot_for(unit: Unit, *, pinned: bool = False) -> Tensor:
