@@ -1,0 +1,22 @@
+"""Samples from any causal language model: a function from token ids to logits is all it needs."""
+
+from ._sample import Completion, Step, generate, sample
+from ._score import Choice, Score, multiple_choice, score
+from ._stages import HUGGING_FACE_ORDER, LLAMA_CPP_ORDER
+from ._text import Detokenizer, stream_text
+
+__version__ = "0.1.0"
+__all__ = [
+    "HUGGING_FACE_ORDER",
+    "LLAMA_CPP_ORDER",
+    "Choice",
+    "Completion",
+    "Detokenizer",
+    "Score",
+    "Step",
+    "generate",
+    "multiple_choice",
+    "sample",
+    "score",
+    "stream_text",
+]

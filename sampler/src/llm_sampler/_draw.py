@@ -1,0 +1,52 @@
+"""Randomness that belongs to a row and a position, and the draw from a distribution with it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._scores import Scores
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def row_key(seed: int, row: int) -> int:
+    """The key of row `row`'s stream of random numbers under `seed`."""
+    return _mix(_mix(seed) ^ row)
+
+
+def uniform(key: int, position: int) -> float:
+    """The one uniform in [0, 1) with 53 bits that belongs to `position` in the stream `key`.
+
+    It is computed from its two arguments alone (the finalizer of SplitMix64, Steele et al. 2014, as a counter-based
+    generator), so neither the batch nor what was drawn before can change it.
+    """
+    return (_mix(key ^ position) >> 11) * 2.0**-53
+
+
+def draw(scores: Scores, uniforms: list[float]) -> tuple[Tensor, Tensor]:
+    """One token per row by inverse CDF in float64: token ids [B] and their log-probabilities [B] (float64).
+
+    Candidates are walked in the order of their ids and summed one after the other, so that masked ones change nothing,
+    not even a rounding: the outcome is the same whether they were dropped or are -inf. A row without any candidate
+    comes out as NaN or -inf, for the caller to report.
+    """
+    values, ids = scores.values, scores.ids
+    if values.shape[-1] == 1 and ids is not None:
+        return ids[:, 0], (values[:, 0] - values[:, 0]).double()  # 0, or NaN where nothing is left
+    shifted = values.double().sub_(values.amax(-1, keepdim=True))
+    cdf = shifted.exp().cumsum(-1)
+    total = cdf[:, -1:].contiguous()
+    target = torch.tensor(uniforms, dtype=torch.float64, device=values.device).unsqueeze(-1) * total
+    last = torch.searchsorted(cdf, total)  # the last token with mass
+    index = torch.minimum(torch.searchsorted(cdf, target, right=True), last).clamp_(max=values.shape[-1] - 1)
+    tokens = index if ids is None else ids.gather(-1, index)
+    return tokens.squeeze(-1), (shifted.gather(-1, index) - total.log()).squeeze(-1)
+
+
+def _mix(x: int) -> int:
+    x = (x + _GOLDEN) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)

@@ -1,0 +1,108 @@
+"""The rows of ids that go into a forward function, and the logits that come out, checked on both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Rows: TypeAlias = Sequence[Sequence[int]] | Sequence[Tensor] | Sequence[int] | Tensor
+ForwardFunc: TypeAlias = Callable[[Tensor], Tensor]
+
+
+class Forward:
+    """Calls `forward_func(ids) -> [B, T, V]`, or its `last_logits(ids, lengths, n) -> [B, n, V]` where it has one."""
+
+    def __init__(self, forward_func: ForwardFunc):
+        if not callable(forward_func):
+            raise TypeError(
+                f"forward_func must be callable with ids [B, T] and return logits [B, T, V], got {type(forward_func)}"
+            )
+        self.forward_func = forward_func
+        self.last_logits = getattr(forward_func, "last_logits", None)
+        self.vocabulary: int | None = None
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor, lengths: list[int], n: int, where: str) -> Tensor:
+        """Logits [B, n, V] of the last n positions before the end of each right-padded row of ids [B, T]."""
+        batch, width = ids.shape
+        if self.last_logits is not None:
+            logits = self.last_logits(ids, torch.tensor(lengths, device=ids.device), n)
+            self._check(logits, (batch, n), "forward_func.last_logits", where)
+        else:
+            logits = self.forward_func(ids)
+            self._check(logits, (batch, width), "forward_func", where)
+            if all(length == width for length in lengths):
+                logits = logits[:, width - n :]
+            else:
+                ends = torch.tensor(lengths, device=logits.device).unsqueeze(-1)
+                places = ends - n + torch.arange(n, device=logits.device)  # (B, n)
+                logits = logits[torch.arange(batch, device=logits.device).unsqueeze(-1), places]
+        return logits.cpu() if logits.device.type == "mps" else logits  # that device has no float64
+
+    def _check(self, logits: object, leading: tuple[int, int], name: str, where: str) -> None:
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"{where}: {name} returned {type(logits).__name__}, not a tensor of logits; "
+                "a Hugging Face model is wrapped as `lambda ids: model(ids).logits`"
+            )
+        if logits.dim() != 3 or logits.shape[:2] != leading or logits.shape[2] < 1 or not logits.is_floating_point():
+            raise ValueError(
+                f"{where}: {name} returned {logits.dtype} {list(logits.shape)}; "
+                f"floating-point logits [{leading[0]}, {leading[1]}, vocabulary] are needed"
+            )
+        if self.vocabulary not in (None, logits.shape[2]):
+            raise ValueError(
+                f"{where}: {name} returned {logits.shape[2]} logits per position, and {self.vocabulary} before; "
+                "the vocabulary must stay the same"
+            )
+        self.vocabulary = logits.shape[2]
+
+
+def rows_of(input_ids: Any, name: str = "input_ids") -> tuple[list[Tensor], torch.device]:
+    """Each row as a 1-D int64 tensor on the CPU, and the device on which the caller had them."""
+    device = torch.device("cpu")
+    if isinstance(input_ids, Tensor):
+        device = input_ids.device
+        if input_ids.dim() not in (1, 2):
+            raise ValueError(f"{name} has shape {list(input_ids.shape)}; one row [T] or rows [B, T] are needed")
+        rows = list(input_ids.cpu() if input_ids.dim() == 2 else input_ids.cpu().unsqueeze(0))
+    else:
+        rows = list(input_ids) if isinstance(input_ids, Sequence) and not isinstance(input_ids, str) else input_ids
+        if isinstance(rows, list) and rows and all(isinstance(token, int) for token in rows):
+            rows = [rows]
+        if not isinstance(rows, list):
+            raise TypeError(f"{name} must be rows of token ids, not {type(input_ids).__name__}; encode the text first")
+    if not rows:
+        raise ValueError(f"{name} holds no row; give at least one row of token ids")
+    return [_row(row, f"{name}: row {index}") for index, row in enumerate(rows)], device
+
+
+def padded(rows: Sequence[Tensor], pad_id: int, device: torch.device) -> Tensor:
+    """Rows of different length as one right-padded [B, T]."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad_id).to(device)
+
+
+def _row(row: object, name: str) -> Tensor:
+    if isinstance(row, str):
+        raise TypeError(f"{name} is text; encode it first")
+    try:
+        ids = row.cpu() if isinstance(row, Tensor) else torch.tensor(row)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} is not a sequence of integers: {error}") from None
+    if ids.dim() != 1:
+        raise ValueError(f"{name} is not a flat sequence of integers")
+    if len(ids) == 0:
+        raise ValueError(f"{name} is empty; it needs at least one token, such as the model's begin-of-text token")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"{name} holds {ids.dtype} values; token ids are integers")
+    ids = ids.long()
+    if int(ids.min()) < 0:
+        position = int((ids < 0).nonzero()[0])
+        raise ValueError(
+            f"{name} holds the id {int(ids[position])} at position {position}; ids start at 0, "
+            "and rows of different length are given as lists, without padding"
+        )
+    return ids

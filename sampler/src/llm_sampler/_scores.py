@@ -1,0 +1,93 @@
+"""The candidates of each row while they pass through the stages, and how they are narrowed without sorting them all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+_BLOCK = 64
+_WORTH_BLOCKS = 4096  # below this many candidates a plain pass is as fast
+LOWEST = torch.finfo(torch.float32).min
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """values [B, K] float32, -inf where masked; ids [B, K] in rising order, or None where K is the vocabulary."""
+
+    values: Tensor
+    ids: Tensor | None
+    vocabulary: int
+
+    def masked(self, keep: Tensor) -> Scores:
+        return Scores(self.values.masked_fill(~keep, -torch.inf), self.ids, self.vocabulary)
+
+    def widened(self) -> Scores:
+        """The same with every token of the vocabulary present, for stages that look tokens up by id."""
+        if self.ids is None:
+            return self
+        full = self.values.new_full((self.values.shape[0], self.vocabulary + 1), -torch.inf)
+        full = full.scatter_(-1, self.ids, self.values)[:, : self.vocabulary]
+        return Scores(full.contiguous(), None, self.vocabulary)
+
+    def best(self) -> Scores:
+        """Only the largest of each row, the lower id on ties."""
+        values, ids = self.values, self.ids
+        if values.shape[-1] >= _WORTH_BLOCKS:
+            blocks = _blocks(values)
+            block = blocks.amax(-1).argmax(-1)  # the first of equals
+            inside = _take(blocks, block.unsqueeze(-1)).argmax(-1, keepdim=True)
+            index = block.unsqueeze(-1) * _BLOCK + inside
+            index = index.clamp_(max=values.shape[-1] - 1)
+        else:
+            index = values.argmax(-1, keepdim=True)
+        return Scores(values.gather(-1, index), index if ids is None else ids.gather(-1, index), self.vocabulary)
+
+    def largest(self, k: int) -> Tensor:
+        """The k largest values of each row, in falling order [B, k]; fewer columns where fewer candidates are there."""
+        scores = self
+        if self.values.shape[-1] >= max(_WORTH_BLOCKS, 4 * _BLOCK * k):
+            # k blocks have a maximum of at least the k-th largest maximum, so the k-th largest value is no smaller
+            scores = self.at_least(_blocks(self.values).amax(-1).topk(k).values[:, -1:])
+        return scores.values.topk(min(k, scores.values.shape[-1])).values
+
+    def at_least(self, threshold: Tensor) -> Scores:
+        """Only the candidates with value >= threshold [B, 1]; as few columns as the fullest row needs."""
+        values, ids = self.values, self.ids
+        threshold = threshold.clamp(min=LOWEST)
+        if values.shape[-1] >= _WORTH_BLOCKS:
+            blocks = _blocks(values)
+            peaks = blocks.amax(-1)
+            count = int((peaks >= threshold).sum(-1).amax())
+            if count * _BLOCK * 2 <= values.shape[-1]:
+                chosen = peaks.topk(max(count, 1)).indices.sort(-1).values  # [B, count]
+                index = (chosen.unsqueeze(-1) * _BLOCK + torch.arange(_BLOCK, device=values.device)).flatten(1)
+                index = index.clamp_(max=values.shape[-1] - 1)  # past the end are only the -inf of the last block
+                values, ids = _take(blocks, chosen), index if ids is None else ids.gather(-1, index)
+        keep = values >= threshold
+        width = max(int(keep.sum(-1).amax()), 1)
+        if width == values.shape[-1]:
+            return Scores(values, ids, self.vocabulary).masked(keep)
+        if width * 2 > values.shape[-1] and ids is None:
+            return Scores(values, None, self.vocabulary).masked(keep)
+        row, column = keep.nonzero(as_tuple=True)
+        place = (keep.cumsum(-1) - 1)[row, column]
+        kept = values.new_full((values.shape[0], width), -torch.inf)
+        kept[row, place] = values[row, column]
+        kept_ids = torch.full_like(kept, self.vocabulary, dtype=torch.long)
+        kept_ids[row, place] = column if ids is None else ids[row, column]
+        return Scores(kept, kept_ids, self.vocabulary)
+
+
+def _blocks(values: Tensor) -> Tensor:
+    """values [B, K] as [B, N, BLOCK], filled up with -inf: a fast pass over their maxima saves a slow partial sort."""
+    if values.shape[-1] % _BLOCK:
+        values = pad(values, (0, -values.shape[-1] % _BLOCK), value=-torch.inf)
+    return values.reshape(values.shape[0], -1, _BLOCK)
+
+
+def _take(blocks: Tensor, chosen: Tensor) -> Tensor:
+    """The chosen [B, M] blocks of each row, one after the other: [B, M * BLOCK]."""
+    return blocks.gather(1, chosen.unsqueeze(-1).expand(-1, -1, _BLOCK)).flatten(1)

@@ -1,0 +1,328 @@
+"""The loop: rows are independent, steps say what happened, and bad input is refused with its place."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import llm_sampler
+from llm_sampler import generate, sample
+
+VOCABULARY = 17
+NAN = math.nan
+
+
+class Causal:
+    """Logits that depend on all ids up to a position, exactly (integers), and on nothing after it."""
+
+    def __init__(self) -> None:
+        self.table = torch.randn(101, VOCABULARY, generator=torch.Generator().manual_seed(5)) * 2
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        self.shapes.append(tuple(ids.shape))
+        return self.table[((ids + 1) * torch.arange(1, ids.shape[1] + 1)).cumsum(-1) % 101]
+
+
+class LastOnly(Causal):
+    def __call__(self, ids: Tensor) -> Tensor:
+        raise AssertionError("last_logits is there to be used")
+
+    def last_logits(self, ids: Tensor, lengths: Tensor, n: int) -> Tensor:
+        full = Causal.__call__(self, ids)
+        return torch.stack([row[end - n : end] for row, end in zip(full, lengths.tolist(), strict=True)])
+
+
+SETTINGS: list[dict] = [
+    {},
+    {"temperature": 0.0},
+    {"temperature": 1.3, "top_k": 5},
+    {"top_p": 0.7, "repetition_penalty": 1.5},
+    {"min_p": 0.1, "presence_penalty": 0.6, "frequency_penalty": 0.3},
+    {"temperature": 0.0, "frequency_penalty": 2.0},
+]
+prompts = st.lists(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=6), min_size=1, max_size=5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(prompts, st.data())
+def test_a_batch_equals_its_rows_alone_in_any_order(rows: list[list[int]], data: st.DataObject) -> None:
+    count = len(rows)
+    chosen = [data.draw(st.sampled_from(SETTINGS)) for _ in rows]
+    each = {name: [c.get(name) for c in chosen] for name in {name for c in chosen for name in c}}
+    lengths = [data.draw(st.integers(1, 6)) for _ in rows]
+    stops = [data.draw(st.lists(st.integers(0, VOCABULARY - 1), max_size=3)) for _ in rows]
+    seeds = [data.draw(st.integers(0, 3)) for _ in rows]
+    forward = data.draw(st.sampled_from([Causal, LastOnly]))
+    order = data.draw(st.permutations(range(count)))
+
+    def of(indices: Sequence[int]) -> list:
+        options = {name: [values[i] for i in indices] for name, values in each.items()}
+        return generate(
+            forward(),
+            [rows[i] for i in indices],
+            max_new_tokens=[lengths[i] for i in indices],
+            stop_ids=[stops[i] for i in indices],
+            seed=[seeds[i] for i in indices],
+            **options,
+        )
+
+    alone = [of([i])[0] for i in range(count)]
+    assert [row.tokens for row in of(order)] == [alone[i].tokens for i in order]
+    assert [row.finished for row in of(order)] == [alone[i].finished for i in order]
+    for got, want in zip(of(order), order, strict=True):
+        assert got.logprobs == pytest.approx(alone[want].logprobs, abs=1e-5)
+        assert got.processed_logprobs == pytest.approx(alone[want].processed_logprobs, abs=1e-5)
+
+
+def test_a_single_seed_gives_each_row_its_own_stream() -> None:
+    def flat(ids):
+        return torch.zeros(*ids.shape, VOCABULARY)
+
+    rows = generate(flat, [[0]] * 3, max_new_tokens=8, seed=4)
+    assert len({row.tokens for row in rows}) == 3
+    assert generate(flat, [[0]], max_new_tokens=8, seed=4)[0].tokens == rows[0].tokens
+
+
+def test_no_seed_gives_fresh_text_and_leaves_torchs_generator_alone() -> None:
+    state = torch.get_rng_state()
+
+    def flat(ids):
+        return torch.zeros(*ids.shape, VOCABULARY)
+
+    assert len({generate(flat, [[0]], max_new_tokens=20)[0].tokens for _ in range(3)}) == 3
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_sampling_that_is_taken_up_again_goes_on_with_the_same_text() -> None:
+    [whole] = generate(Causal(), [[1, 2]], max_new_tokens=10, seed=3)
+    [resumed] = generate(Causal(), [[1, 2, *whole.tokens[:4]]], max_new_tokens=6, seed=3)
+    assert resumed.tokens == whole.tokens[4:]
+
+
+def test_finished_rows_leave_the_forward_and_steps_say_why() -> None:
+    follow = torch.eye(5).roll(1, dims=1) * 50  # 0 -> 1 -> 2 -> 3 -> 4 -> 0
+    shapes = []
+
+    def forward(ids: Tensor) -> Tensor:
+        shapes.append(tuple(ids.shape))
+        return follow[ids]
+
+    steps = list(
+        sample(forward, [[0, 0, 0, 0], [1], [2, 2]], max_new_tokens=[2, 9, 1], temperature=0, stop_ids=[[], [4], [3]])
+    )
+    assert [(s.rows, s.tokens, s.finished) for s in steps] == [
+        ((0, 1, 2), (1, 2, 3), (None, None, "stop")),  # a stop id that is also the last token allowed: "stop"
+        ((0, 1), (2, 3), ("length", None)),
+        ((1,), (4,), ("stop",)),
+    ]
+    assert shapes == [(3, 4), (2, 5), (1, 3)]
+
+
+def test_ids_handed_out_are_never_changed_afterwards() -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def forward(ids: Tensor) -> Tensor:
+        seen.append((ids, ids.clone()))
+        return torch.zeros(*ids.shape, 4)
+
+    generate(forward, [[1, 2, 3], [1]], max_new_tokens=4, seed=0)
+    assert all(torch.equal(now, then) for now, then in seen)
+
+
+def test_logits_handed_in_are_never_changed() -> None:
+    logits = torch.randn(1, 1, 9000)
+    before = logits.clone()
+    for options in SETTINGS:
+        generate(lambda ids: logits.expand(*ids.shape, -1), [[3]], max_new_tokens=1, **options)
+    assert torch.equal(logits, before)
+
+
+def test_raw_logprobs_are_the_models_own_whatever_the_settings() -> None:
+    for options in SETTINGS:
+        [row] = generate(Causal(), [[1, 2, 3]], max_new_tokens=5, seed=1, **options)
+        ids = torch.tensor([[1, 2, 3, *row.tokens]])
+        want = Causal()(ids)[0, 2:-1].log_softmax(-1).gather(-1, ids[0, 3:, None])[:, 0]
+        assert row.logprobs == pytest.approx(want.tolist(), abs=1e-5)
+
+
+def test_vocab_size_masks_a_padded_head() -> None:
+    def forward(ids):
+        return torch.arange(8.0).expand(*ids.shape, 8)
+
+    for options in (
+        {"temperature": 0},
+        {"seed": 1},
+        {"seed": 1, "top_k": 3},
+        {"temperature": 0, "frequency_penalty": 9.0},
+    ):
+        rows = generate(forward, [[0]] * 20, max_new_tokens=3, vocab_size=6, **options)
+        assert max(max(row.tokens) for row in rows) <= 5
+
+
+def test_order_decides_what_temperature_changes() -> None:
+    def forward(ids):
+        return torch.tensor([0.6, 0.3, 0.1]).log().expand(*ids.shape, 3)
+
+    kept = {
+        order: {row.tokens for row in generate(forward, [[0]] * 200, max_new_tokens=1, seed=0, order=order, **options)}
+        for options in [{"temperature": 9.0, "top_p": 0.59}]
+        for order in ("huggingface", "llama.cpp")
+    }
+    assert kept == {"huggingface": {(0,), (1,)}, "llama.cpp": {(0,)}}
+
+
+def test_half_precision_logits_are_sampled_in_single() -> None:
+    logits = torch.randn(1, 1, 64)
+    low = generate(lambda ids: logits.bfloat16(), [[0]], max_new_tokens=1, seed=0)
+    single = generate(lambda ids: logits.bfloat16().float(), [[0]], max_new_tokens=1, seed=0)
+    assert low == single
+
+
+def test_a_closed_generator_leaves_nothing_behind() -> None:
+    forward = Causal()
+    steps = sample(forward, [[1], [2]], max_new_tokens=100, seed=0)
+    next(steps)
+    calls = len(forward.shapes)
+    gone = weakref.ref(forward)
+    steps.close()  # type: ignore[attr-defined]
+    assert len(forward.shapes) == calls
+    assert next(steps, None) is None
+    del forward
+    gc.collect()
+    assert gone() is None
+    assert torch.is_grad_enabled()
+
+
+def test_gradients_stay_enabled_between_steps_and_are_off_in_the_forward() -> None:
+    inside = []
+
+    def forward(ids: Tensor) -> Tensor:
+        inside.append(torch.is_grad_enabled())
+        return torch.zeros(*ids.shape, 4)
+
+    for _ in sample(forward, [[1]], max_new_tokens=2):
+        assert torch.is_grad_enabled()
+    assert inside == [False, False]
+
+
+def test_what_the_forward_raises_comes_through_as_it_is() -> None:
+    def forward(ids: Tensor) -> Tensor:
+        raise OSError("disk gone")
+
+    with pytest.raises(OSError, match="disk gone"):
+        next(sample(forward, [[1]], max_new_tokens=2))
+
+
+def test_tensors_and_one_flat_row_are_taken_as_prompts() -> None:
+    want = generate(Causal(), [[1, 2, 3]], max_new_tokens=4, seed=0)
+    for ids in ([1, 2, 3], torch.tensor([1, 2, 3]), torch.tensor([[1, 2, 3]]), [torch.tensor([1, 2, 3])], ((1, 2, 3),)):
+        assert generate(Causal(), ids, max_new_tokens=4, seed=0) == want
+
+
+def flat_logits(ids):
+    return torch.zeros(*ids.shape, 8)
+
+
+@pytest.mark.parametrize(
+    ("input_ids", "options", "message"),
+    [
+        ([], {}, "at least one row"),
+        ([[1], []], {}, "row 1 is empty"),
+        ([[1], [2, -5]], {}, "row 1 holds the id -5 at position 1"),
+        ([[1.5]], {}, "row 0 holds torch.float32"),
+        ([[True]], {}, "row 0 holds torch.bool"),
+        ([[[1]]], {}, "row 0 is not a flat"),
+        ([["a"]], {}, "row 0 is not a sequence of integers"),
+        (["text"], {}, "row 0 is text; encode it"),
+        ("text", {}, "encode the text"),
+        (torch.zeros(1, 1, 1), {}, r"shape \[1, 1, 1\]"),
+        (torch.zeros(0, 4).long(), {}, "at least one row"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([[1]], {"max_new_tokens": 2.0}, "max_new_tokens is 2.0"),
+        ([[1]], {"temperature": -1}, "temperature is -1"),
+        ([[1]], {"temperature": NAN}, "temperature is nan"),
+        ([[1], [1]], {"temperature": [1, "hot"]}, "temperature: row 1 is 'hot'"),
+        ([[1], [1]], {"top_p": [0.5]}, "top_p has 1 values for 2 rows"),
+        ([[1]], {"top_p": 0}, "top_p is 0"),
+        ([[1]], {"top_k": 0}, "top_k is 0; it must be an integer >= 1, or None"),
+        ([[1]], {"top_k": 2.5}, "top_k is 2.5"),
+        ([[1]], {"min_p": 1.5}, "min_p is 1.5"),
+        ([[1]], {"repetition_penalty": 0}, "repetition_penalty is 0"),
+        ([[1]], {"stop_ids": [-1]}, "stop_ids: row 0 holds -1"),
+        ([[1]], {"stop_ids": "</s>"}, "stop_ids is '</s>'"),
+        ([[1]], {"stop_ids": [[1], [2]]}, "stop_ids has 2 values for 1 rows"),
+        ([[1]], {"seed": -1}, "seed: row 0 has -1"),
+        ([[1], [1]], {"seed": [1, None]}, "seed: row 1 has None"),
+        ([[1]], {"order": "vllm"}, "order is 'vllm'"),
+        ([[1]], {"order": ["warmth"]}, "order names 'warmth'"),
+        ([[1]], {"order": ["top_k", "top_k"]}, "more than once"),
+        ([[1]], {"order": ["top_k"], "top_p": 0.5}, "top_p is set, but order does not name it"),
+        ([[1]], {"vocab_size": 0}, "vocab_size is 0"),
+        ([[1, 7]], {"vocab_size": 5}, "row 0 holds the id 7, and the vocabulary has 5"),
+        ([[1]], {"pad_id": -1}, "pad_id is -1"),
+    ],
+)
+def test_bad_arguments_are_refused_at_the_call(input_ids: Any, options: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"max_new_tokens": 3, **options}
+    with pytest.raises((ValueError, TypeError), match=message):
+        sample(flat_logits, input_ids, **arguments)
+
+
+def test_a_forward_that_cannot_be_called_is_refused_at_the_call() -> None:
+    with pytest.raises(TypeError, match="must be callable"):
+        sample("model", [[1]], max_new_tokens=3)  # type: ignore[arg-type]
+
+
+def bad(row: int, value: float, every: bool = False) -> object:
+    def forward(ids: Tensor) -> Tensor:
+        logits = torch.zeros(*ids.shape, 8)
+        if ids.shape[1] == 3:
+            logits[row, :, slice(None) if every else 4] = value
+        return logits
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (bad(1, NAN), "row 1, step 1: the logits contain nan"),
+        (bad(0, math.inf), "row 0, step 1: the logits contain inf"),
+        (bad(1, -math.inf, every=True), "row 1, step 1: all logits are -inf"),
+        (lambda ids: torch.zeros(ids.shape[0], 8), r"step 0: forward_func returned torch.float32 \[2, 8\]"),
+        (lambda ids: torch.zeros(ids.shape[0], 1, 8), r"logits \[2, 2, vocabulary\] are needed"),
+        (lambda ids: torch.zeros(*ids.shape, 8).long(), "floating-point"),
+        (lambda ids: {"logits": 1}, "lambda ids: model"),
+        (lambda ids: torch.zeros(*ids.shape, 6 + ids.shape[1]), "step 1: .* 9 logits per position, and 8 before"),
+        (lambda ids: torch.zeros(*ids.shape, 2), "row 1 holds the id 2, and the vocabulary has 2"),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 3, "top_p": 0.5}])
+def test_logits_that_cannot_be_sampled_name_row_and_step(forward, message: str, options: dict) -> None:
+    with pytest.raises(ValueError, match=message):
+        list(sample(forward, [[1, 1], [2, 2]], max_new_tokens=3, **options))
+
+
+def test_no_token_left_within_vocab_size_names_row_and_step() -> None:
+    def forward(ids):
+        return torch.tensor([-math.inf, -math.inf, 0.0]).expand(*ids.shape, 3)
+
+    for options in ({}, {"temperature": 0}):
+        with pytest.raises(ValueError, match="row 0, step 0: no token is left"):
+            list(sample(forward, [[0]], max_new_tokens=1, vocab_size=2, **options))
+
+
+def test_all_public_names_are_there() -> None:
+    assert all(hasattr(llm_sampler, name) for name in llm_sampler.__all__)
+    assert list(itertools.islice(sample(flat_logits, [[0]], max_new_tokens=2), 1))

@@ -1,0 +1,156 @@
+"""Each stage keeps exactly what its definition says, by whichever path it gets there."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llm_sampler import HUGGING_FACE_ORDER, LLAMA_CPP_ORDER
+from llm_sampler._scores import Scores
+from llm_sampler._stages import STAGES, History
+
+CPU = torch.device("cpu")
+INF = math.inf
+
+
+def apply(name: str, logits: Tensor, values: list, history: History | None = None) -> Tensor:
+    """The logits over the whole vocabulary after one stage."""
+    rows = len(logits)
+    empty = History(torch.zeros(rows, 1, dtype=torch.long), torch.ones(rows).long(), torch.ones(rows).long())
+    out = STAGES[name].build(values, CPU)(Scores(logits, None, logits.shape[-1]), history or empty)
+    assert out.ids is None or bool((out.ids.diff(dim=-1) >= 0).all()), "candidates stay in the order of their ids"
+    return out.widened().values
+
+
+def kept(name: str, logits: list[float], value: float) -> list[int]:
+    return apply(name, torch.tensor([logits]), [value])[0].isfinite().nonzero().flatten().tolist()
+
+
+def naive(name: str, row: Tensor, value: float) -> set[int]:
+    """The definition, in python, over one row."""
+    weights = {i: math.exp(float(x) - float(row.max())) for i, x in enumerate(row) if x > -INF}
+    ranked = sorted(weights, key=lambda i: (-float(row[i]), i))
+    if name == "top_k":
+        limit = float(row[ranked[min(int(value), len(ranked)) - 1]])
+        return {i for i in ranked if float(row[i]) >= limit}
+    if name == "min_p":
+        return {i for i in ranked if value == 0 or float(row[i]) >= float(row.max() + torch.tensor(math.log(value)))}
+    out, mass, total = set(), 0.0, sum(weights.values())
+    for i in ranked:
+        if mass >= value * total and value < 1:
+            break
+        out.add(i)
+        mass += weights[i]
+    return out
+
+
+def test_top_k_keeps_ties_with_the_kth() -> None:
+    assert kept("top_k", [1.0, 3.0, 2.0, 2.0, 2.0], 2) == [1, 2, 3, 4]
+
+
+def test_top_k_beyond_the_vocabulary_keeps_all() -> None:
+    assert kept("top_k", [1.0, 3.0, 2.0], 99) == [0, 1, 2]
+
+
+def test_top_p_keeps_the_smallest_set_and_the_lower_id_of_equals() -> None:
+    assert kept("top_p", [0.0, 0.0, 0.0, 0.0], 0.5) == [0, 1]
+    assert kept("top_p", [0.0, 0.0, 0.0, 0.0], 0.51) == [0, 1, 2]
+    assert kept("top_p", [0.0, 5.0, 0.0], 1e-9) == [1]
+
+
+def test_min_p_of_one_keeps_only_the_most_likely() -> None:
+    assert kept("min_p", [0.0, 2.0, 2.0, 1.0], 1.0) == [1, 2]
+
+
+def test_temperature_zero_keeps_the_lower_id_of_equals() -> None:
+    assert kept("temperature", [0.0, 2.0, 2.0, 1.0], 0) == [1]
+    large = torch.zeros(1, 50_001)
+    large[0, [777, 778, 40_000, 50_000]] = 1
+    assert apply("temperature", large, [0])[0].isfinite().nonzero().flatten().tolist() == [777]
+
+
+def test_temperature_zero_beside_another_row_leaves_that_row_alone() -> None:
+    out = apply("temperature", torch.tensor([[1.0, 2.0], [1.0, 2.0]]), [0, 2.0])
+    assert out[0].isfinite().tolist() == [False, True]
+    assert out[1].tolist() == [0.5, 1.0]
+
+
+def test_repetition_penalty_counts_each_token_once_and_padding_never() -> None:
+    history = History(torch.tensor([[1, 1, 2], [1, 0, 0]]), torch.tensor([3, 1]), torch.tensor([1, 1]))
+    logits = torch.tensor([[4.0, 4.0, -4.0, 4.0]] * 2)
+    assert apply("repetition_penalty", logits, [2.0, 2.0], history).tolist() == [[4, 2, -8, 4], [4, 2, -4, 4]]
+
+
+def test_presence_and_frequency_count_generated_tokens_only() -> None:
+    history = History(torch.tensor([[3, 1, 1, 2], [1, 1, 0, 0]]), torch.tensor([4, 2]), torch.tensor([1, 1]))
+    logits = torch.zeros(2, 4)
+    assert apply("presence_penalty", logits, [0.5, 0.5], history).tolist() == [[0, -0.5, -0.5, 0], [0, -0.5, 0, 0]]
+    assert apply("frequency_penalty", logits, [0.5, 0.5], history).tolist() == [[0, -1, -0.5, 0], [0, -0.5, 0, 0]]
+
+
+def test_penalties_after_a_narrowing_stage_bring_nothing_back() -> None:
+    history = History(torch.tensor([[0, 1]]), torch.tensor([2]), torch.tensor([1]))
+    narrow = STAGES["top_k"].build([1], CPU)(Scores(torch.tensor([[1.0, 2.0, 0.0]]), None, 3), history)
+    out = STAGES["frequency_penalty"].build([0.5], CPU)(narrow, history)
+    assert out.values.tolist() == [[-INF, 1.5, -INF]]
+
+
+def test_orders_name_every_stage_once() -> None:
+    assert sorted(HUGGING_FACE_ORDER) == sorted(LLAMA_CPP_ORDER) == sorted(STAGES)
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> Tensor:
+    """1 to 3 rows of up to 300 logits; few distinct values, so that ties are common, and some masked."""
+    size = draw(st.integers(1, 300))
+    count = draw(st.integers(1, 3))
+    seed = draw(st.integers(0, 1 << 30))
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, size, generator=g) * draw(st.sampled_from([0.1, 1.0, 8.0]))
+    if draw(st.booleans()):
+        x = (x * 2).round() / 2
+    x = x.masked_fill(torch.rand(count, size, generator=g) < draw(st.sampled_from([0.0, 0.5])), -INF)
+    x[:, int(torch.randint(size, (1,), generator=g))] = 1.0
+    return x
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows(), st.sampled_from(["top_k", "top_p", "min_p"]), st.data())
+def test_survivors_are_those_of_the_definition(logits: Tensor, name: str, data: st.DataObject) -> None:
+    domain = {"top_k": st.integers(1, 320), "top_p": st.floats(1e-6, 1.0), "min_p": st.floats(0.0, 1.0)}[name]
+    values = [data.draw(domain) for _ in logits]
+    out = apply(name, logits, values).isfinite()
+    for row, value, result in zip(logits, values, out, strict=True):
+        found = set(result.nonzero().flatten().tolist())
+        assert found == naive(name, row, value)
+        assert found, "at least one survives"
+        assert int(row.argmax()) in found, "and the most likely one is among them"
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.integers(0, 1 << 30), st.sampled_from([0.5, 3.0, 12.0]), st.booleans(), st.integers(9000, 9200))
+@example(0, 12.0, True, 9000)
+def test_block_paths_equal_plain_paths_on_a_large_vocabulary(seed: int, scale: float, ties: bool, size: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(2, size, generator=g) * scale
+    logits = logits.round() if ties else logits
+    for name, values in (("top_k", [3, 20]), ("top_p", [0.3, 0.9]), ("min_p", [0.05, 0.9])):
+        out = apply(name, logits, values)
+        for row, value, result in zip(logits, values, out, strict=True):
+            assert set(result.isfinite().nonzero().flatten().tolist()) == naive(name, row, value)
+            survivors = result.isfinite()
+            assert torch.equal(result[survivors], row[survivors])
+
+
+@pytest.mark.parametrize("name", ["top_k", "top_p", "min_p", "temperature"])
+def test_one_neutral_row_beside_a_limited_one_keeps_everything(name: str) -> None:
+    logits = torch.randn(2, 9001, generator=torch.Generator().manual_seed(0))
+    limited = {"top_k": 5, "top_p": 0.5, "min_p": 0.5, "temperature": 0.0}[name]
+    out = apply(name, logits, [limited, STAGES[name].neutral])
+    assert torch.equal(out[1], logits[1])
+    assert torch.equal(out[:1], apply(name, logits[:1], [limited]))
