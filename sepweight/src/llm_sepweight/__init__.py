@@ -1,0 +1,13 @@
+"""The weights of a large language model, part by part, at the speed of the disk.
+
+>>> with llm_sepweight.open(model_dir, layout=family.layout) as weights:  # doctest: +SKIP
+...     tensors = weights.load("mid.00017")
+"""
+
+from llm_sepweight._catalog import TensorInfo
+from llm_sepweight._errors import WeightError
+from llm_sepweight._split import split
+from llm_sepweight._store import WeightStore, open
+
+__version__ = "0.1.0"
+__all__ = ["TensorInfo", "WeightError", "WeightStore", "open", "split"]

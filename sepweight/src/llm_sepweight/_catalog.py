@@ -1,0 +1,127 @@
+"""What is where: the tensors of each part and the bytes of the files that they lie in."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_sepweight._errors import WeightError
+
+JSON_LIMIT = 100 << 20  # bytes; the largest index or manifest that is read
+PART_NAME = re.compile(r"(?:begin|end|mid\.\d{5})(?:/\w+\.\d{5})*", re.ASCII)
+DAMAGED = "Download the file again."
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a tensor of a part is; `nbytes` is the size of its data."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Extent:
+    """One tensor as it lies in a file: `nbytes` bytes from `offset` on."""
+
+    key: str  # its name in the file
+    file: str
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a part: the bytes of its extents, one after the other."""
+
+    info: TensorInfo
+    extents: tuple[Extent, ...]
+
+
+def whole(extent: Extent) -> Entry:
+    """The tensor that is one tensor of the file."""
+    return Entry(TensorInfo(extent.dtype, extent.shape, extent.nbytes), (extent,))
+
+
+def stacked(extents: tuple[Extent, ...]) -> Entry:
+    """The tensor [len(extents), ...] whose rows along dim 0 are tensors of equal shape and dtype."""
+    first = extents[0]
+    nbytes = first.nbytes * len(extents)
+    return Entry(TensorInfo(first.dtype, (len(extents), *first.shape), nbytes), extents)
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """All that is known of a store once it is open."""
+
+    config: dict[str, Any]
+    parts: dict[str, dict[str, Entry]]  # in the order of the model
+    file_sizes: dict[str, int]
+
+
+def in_order(parts: dict[str, dict[str, Entry]]) -> dict[str, dict[str, Entry]]:
+    """Begin, the layers by number, end; a part of a part after it."""
+    rank = {"b": 0, "m": 1, "e": 2}
+    return {part: parts[part] for part in sorted(parts, key=lambda name: (rank[name[0]], name))}
+
+
+def size_of(path: Path) -> int:
+    """The bytes of a regular file, which must be there."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise WeightError("the file is missing", file=path, remedy=DAMAGED) from None
+    except OSError as error:
+        raise WeightError(f"the file cannot be read: {error.strerror}", file=path) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise WeightError("this is not a regular file", file=path)
+    return status.st_size
+
+
+def plain_file_name(name: object, *, file: Path) -> str:
+    """`name`, if it names a file in the same directory and nowhere else."""
+    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+        raise WeightError(f"points to {name!r}, which is not the name of a file beside it", file=file, remedy=DAMAGED)
+    return name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    if size_of(path) > JSON_LIMIT:
+        raise WeightError(f"larger than {JSON_LIMIT >> 20} MiB, which no index or configuration is", file=path)
+    try:
+        return parse_json(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise WeightError(f"no valid JSON: {error}", file=path, remedy=DAMAGED) from error
+    except OSError as error:
+        raise WeightError(f"the file cannot be read: {error.strerror}", file=path) from error
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """A JSON object in which no name comes twice. Raises ValueError or RecursionError."""
+    value = json.loads(data.decode(), object_pairs_hook=_without_duplicates)
+    if not isinstance(value, dict):
+        raise ValueError("an object is expected")
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for name, field in pairs:
+        if name in value:
+            raise ValueError(f"{name!r} comes twice")
+        value[name] = field
+    return value

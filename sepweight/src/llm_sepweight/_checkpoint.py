@@ -1,0 +1,143 @@
+"""A Hugging Face checkpoint where it lies: its files, and where a layout puts each of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llm_sepweight._catalog import (
+    DAMAGED,
+    PART_NAME,
+    Catalog,
+    Entry,
+    Extent,
+    in_order,
+    plain_file_name,
+    read_json,
+    size_of,
+    stacked,
+    whole,
+)
+from llm_sepweight._errors import WeightError
+from llm_sepweight._header import read_header
+from llm_sepweight._pickled import read_contents
+
+Layout = Callable[[str, Mapping[str, Any]], Sequence[Any]]
+"""layout(key, config) -> (part, name) or (part, name, index) for each place where the tensor belongs; none drops it."""
+
+FORMS = (  # in the order in which they are looked for
+    ("model.safetensors.index.json", read_header),
+    ("model.safetensors", read_header),
+    ("pytorch_model.bin.index.json", read_contents),
+    ("pytorch_model.bin", read_contents),
+)
+
+
+def read_checkpoint(directory: Path, layout: Layout) -> Catalog:
+    """The catalog of a checkpoint, from its index, its files' headers and sizes and its layout. No weights are read."""
+    config_file = directory / "config.json"
+    config = read_json(config_file) if config_file.exists() else {}
+    form = next(((name, read) for name, read in FORMS if (directory / name).exists()), None)
+    if form is None:
+        names = ", ".join(name for name, _ in FORMS)
+        raise WeightError(f"no checkpoint here: none of {names}", file=directory, remedy="Check the path.")
+    name, read = form
+    keys_of = _shards(directory / name) if name.endswith(".json") else {name: []}
+    extents = []
+    for file, keys in keys_of.items():
+        try:
+            extents += _chosen(read(directory / file), keys, directory / file)
+        except WeightError as error:  # say what is lost, too
+            error.tensor = error.tensor or next(iter(keys), None)
+            error.part = _first_part(layout, error.tensor, config)
+            raise
+    parts = _arrange(extents, layout, config)
+    return Catalog(config, parts, {str(directory / file): size_of(directory / file) for file in keys_of})
+
+
+def _shards(index: Path) -> dict[str, list[str]]:
+    """The keys that each file must hold, as the index has it."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightError("the index has no weight_map", file=index, remedy=DAMAGED)
+    keys_of: dict[str, list[str]] = {}
+    for key, name in weight_map.items():
+        try:
+            keys_of.setdefault(plain_file_name(name, file=index), []).append(key)
+        except WeightError as error:
+            error.tensor = key
+            raise
+    return keys_of
+
+
+def _chosen(extents: list[Extent], keys: list[str], file: Path) -> list[Extent]:
+    """What the index takes from a file; without an index, everything."""
+    if not keys:
+        return extents
+    by_key = {extent.key: extent for extent in extents}
+    for key in keys:
+        if key not in by_key:
+            remedy = "Download this file and the index again."
+            raise WeightError("the index names this file, but it is not in it", file=file, tensor=key, remedy=remedy)
+    return [by_key[key] for key in keys]
+
+
+def _first_part(layout: Layout, key: str | None, config: dict[str, Any]) -> str | None:
+    """For an error that is about something else: where the layout puts the key, if it does."""
+    try:
+        return None if key is None else str(layout(key, config)[0][0])
+    except Exception:
+        return None
+
+
+def _arrange(extents: list[Extent], layout: Layout, config: dict[str, Any]) -> dict[str, dict[str, Entry]]:
+    """The tensors of each part. Raises WeightError where two keys want one place or slices are missing."""
+    entries: dict[str, dict[str, Entry]] = {}
+    slices: dict[tuple[str, str], dict[int, Extent]] = {}
+    for extent in extents:
+        for part, name, index in _places(extent, layout, config):
+            part_entries = entries.setdefault(part, {})
+            taken = slices.setdefault((part, name), {}) if index is not None else {}
+            if name in part_entries or index in taken or (index is None and (part, name) in slices):
+                problem = f"the layout puts {extent.key} where another tensor already is"
+                raise WeightError(problem, file=extent.file, part=part, tensor=name)
+            if index is None:
+                part_entries[name] = whole(extent)
+            else:
+                taken[index] = extent
+    for (part, name), found in slices.items():
+        ordered = tuple(found[index] for index in sorted(found))
+        first = ordered[0]
+        if sorted(found) != list(range(len(found))):
+            raise WeightError(
+                f"slices are missing: only {sorted(found)} found", file=first.file, part=part, tensor=name
+            )
+        for extent in ordered:
+            if (extent.dtype, extent.shape) != (first.dtype, first.shape):
+                problem = f"{extent.key} differs in dtype or shape from {first.key}, beside which it belongs"
+                raise WeightError(problem, file=extent.file, part=part, tensor=name)
+        entries[part][name] = stacked(ordered)
+    return in_order(entries)
+
+
+def _places(extent: Extent, layout: Layout, config: dict[str, Any]) -> list[tuple[str, str, int | None]]:
+    """What the layout says of a key, checked."""
+    try:
+        answer = list(layout(extent.key, config))
+    except Exception as error:
+        raise WeightError(f"the layout fails: {error}", file=extent.file, tensor=extent.key) from error
+    places = []
+    for place in answer:
+        part, name, index = (*place, None) if len(place) == 2 else place
+        index = index[0] if isinstance(index, tuple) and len(index) == 1 else index
+        if not PART_NAME.fullmatch(part):
+            problem = f"the layout names a part {part!r}; parts are begin, mid.00000, ..., end"
+            raise WeightError(problem, file=extent.file, tensor=extent.key)
+        if index is not None and (type(index) is not int or index < 0):
+            problem = (
+                f"the layout gives the index {index!r}; only whole numbers along the first dimension are understood"
+            )
+            raise WeightError(problem, file=extent.file, part=part, tensor=extent.key)
+        places.append((part, name, index))
+    return places

@@ -1,0 +1,276 @@
+"""Weights by part: what there is, and how it gets into memory."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from llm_sepweight._catalog import Catalog, Entry, TensorInfo
+from llm_sepweight._checkpoint import Layout, read_checkpoint
+from llm_sepweight._errors import WeightError
+from llm_sepweight._manifest import MANIFEST, read_directory
+from llm_sepweight._placing import Placement, RowGroup, Sweep, in_place, place, row_groups
+from llm_sepweight._reading import CHUNK, PAGE, ReadError, WeightFile, as_tensor, page_aligned, pages, whole_pages
+
+THREADS = 4  # reads in flight
+BOUNCE = 4 << 20  # bytes that go through memory of our own at a time, where they cannot be read in place
+
+
+def open(path: str | Path, layout: Layout | None = None) -> WeightStore:
+    """The weights in a directory: one that `split` wrote, or a Hugging Face checkpoint as downloaded, with a layout.
+
+    layout(key, config) says for each tensor of a checkpoint where it belongs, as a list of (part, name) or, where it
+    is row `index` of a larger tensor, (part, name, index). An empty list drops it.
+    Only headers and file sizes are read, and whatever is wrong with them is raised as WeightError now.
+
+    >>> import tempfile, safetensors.torch
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     safetensors.torch.save_file({"head": torch.ones(2, 3)}, f"{directory}/model.safetensors")
+    ...     with open(directory, layout=lambda key, config: [("end", f"{key}.weight")]) as weights:
+    ...         print(weights.parts, weights.nbytes("end"), weights.load("end")["head.weight"].sum())
+    ('end',) 24 tensor(6.)
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise WeightError("there is no such directory", file=directory, remedy="Check the path.")
+    if (directory / MANIFEST).exists():
+        return WeightStore(directory, read_directory(directory))
+    if layout is None:
+        problem = f"there is no {MANIFEST} here, and a checkpoint needs a layout to say what belongs to which part"
+        raise WeightError(problem, file=directory, remedy="Pass layout=, as the model's package offers it.")
+    return WeightStore(directory, read_checkpoint(directory, layout))
+
+
+class WeightStore:
+    """Weights by part. Made by `open`; all methods but `close` may be called by several threads at once."""
+
+    def __init__(self, path: Path, catalog: Catalog) -> None:
+        self.path = path
+        self.config: dict[str, Any] = catalog.config
+        self.parts: tuple[str, ...] = tuple(catalog.parts)
+        self._entries = catalog.parts
+        self._lock = threading.Lock()
+        self._warned = False
+        self._closed = False
+        self._pool: ThreadPoolExecutor | None = None
+        self._files = {file: WeightFile(file, size, self._say_buffered) for file, size in catalog.file_sizes.items()}
+
+    def tensors(self, part: str) -> Mapping[str, TensorInfo]:
+        """Name, dtype, shape and bytes of the tensors of a part; names are as in the part's state_dict."""
+        return MappingProxyType({name: entry.info for name, entry in self._part(part).items()})
+
+    def nbytes(self, part: str) -> int:
+        """Bytes of all tensors of a part."""
+        return sum(entry.info.nbytes for entry in self._part(part).values())
+
+    def buffer_nbytes(self, part: str) -> int:
+        """Bytes of page-aligned memory that `load(part, into=...)` needs: a few pages more than `nbytes(part)`."""
+        return place(self._part(part)).nbytes
+
+    def load(self, part: str, into: Any = None) -> dict[str, torch.Tensor]:
+        """All tensors of a part, read with several large reads in flight.
+
+        into: memory that is filled and that the tensors are views of: a writable buffer or uint8 tensor with
+        `buffer_nbytes(part)` bytes from a page boundary on. Without it, memory is allocated that lives as long as a
+        tensor of the part does. A tensor's address modulo 4096 is that of its data in the file.
+        Raises WeightError where a read fails; no read is under way any more then.
+        """
+        return self._load(part, self._part(part), into)
+
+    def read(self, part: str, name: str, start: int, stop: int, into: Any) -> torch.Tensor:
+        """Rows [start, stop) along the first dimension of a tensor, read by this thread; a view of `into`.
+
+        into: page-aligned writable memory of at least 8192 bytes more than the rows take.
+        The address of the view modulo 4096 depends only on where the rows are in the file.
+        """
+        entry = self._tensor(part, name)
+        info = entry.info
+        if not info.shape or not 0 <= start <= stop <= info.shape[0]:
+            problem = f"there are no rows {start}:{stop} in shape {info.shape}"
+            raise WeightError(problem, part=part, tensor=name)
+        row_nbytes = info.nbytes // max(info.shape[0], 1)
+        first, nbytes = start * row_nbytes, (stop - start) * row_nbytes
+        shape = (stop - start, *info.shape[1:])
+        if nbytes == 0:
+            return torch.empty(shape, dtype=info.dtype)
+        if not in_place(entry):
+            at = first % PAGE
+            memory = page_aligned(into, at + nbytes)
+            self._copy(part, name, entry, first, memory[at : at + nbytes])
+        else:
+            extent = entry.extents[0]
+            at = (extent.offset + first) % PAGE
+            memory = page_aligned(into, whole_pages(at + nbytes))
+            self._fetch(part, name, extent.file, extent.offset + first - at, at + nbytes, memory)
+        return as_tensor(memory, at, info.dtype, shape)
+
+    def rows(self, part: str, name: str, ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """Single rows of a tensor, [len(ids), ...], in any order, also repeatedly; each is read once."""
+        entry = self._tensor(part, name)
+        info = entry.info
+        wanted = torch.as_tensor(ids, dtype=torch.int64, device="cpu")
+        count = info.shape[0] if info.shape else 0
+        if wanted.dim() != 1:
+            raise WeightError(
+                f"ids must be a list of row numbers, not {wanted.dim()}-dimensional", part=part, tensor=name
+            )
+        for row in (int(wanted.min()), int(wanted.max())) if len(wanted) else ():
+            if not 0 <= row < count:
+                raise WeightError(f"there is no row {row} in shape {info.shape}", part=part, tensor=name)
+        row_nbytes = info.nbytes // max(count, 1)
+        if row_nbytes == 0 or len(wanted) == 0:
+            return torch.empty((len(wanted), *info.shape[1:]), dtype=info.dtype)
+        unique, where = torch.unique(wanted, return_inverse=True)
+        out = torch.empty((len(unique), row_nbytes), dtype=torch.uint8)
+        groups = row_groups(unique.numpy(), row_nbytes)
+        self._run(
+            [
+                partial(self._row_groups, part, name, entry, groups[i::THREADS], out.numpy())
+                for i in range(min(THREADS, len(groups)))
+            ]
+        )
+        found = out.view(info.dtype).reshape(len(unique), *info.shape[1:])
+        return found if torch.equal(unique, wanted) else found[where]
+
+    def close(self) -> None:
+        """Close all files and end all threads, once reads under way have ended. Tensors stay valid."""
+        with self._lock:
+            self._closed = True
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown()
+        for file in self._files.values():
+            file.close()
+
+    def __enter__(self) -> WeightStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _load(self, part: str, entries: Mapping[str, Entry], into: Any = None) -> dict[str, torch.Tensor]:
+        """`load` for some of a part's tensors."""
+        placement = place(entries)
+        memory = pages(placement.nbytes) if into is None else page_aligned(into, placement.nbytes)
+        jobs: list[Callable[[], None]] = [
+            partial(self._sweep, part, entries, sweep, start, memory)
+            for sweep in placement.sweeps
+            for start in range(0, sweep.nbytes, CHUNK)
+        ]
+        for name in placement.copied:
+            jobs += self._copies(part, name, entries[name], memory[placement.starts[name] :])
+        self._run(jobs)
+        return _tensors(entries, placement, memory)
+
+    def _part(self, part: str) -> dict[str, Entry]:
+        if part not in self._entries:
+            raise WeightError(f"there is no part {part!r}; there are {', '.join(self.parts)}", file=self.path)
+        return self._entries[part]
+
+    def _tensor(self, part: str, name: str) -> Entry:
+        entries = self._part(part)
+        if name not in entries:
+            raise WeightError(f"there is no tensor {name!r}; there are {', '.join(entries)}", file=self.path, part=part)
+        return entries[name]
+
+    def _sweep(self, part: str, entries: Mapping[str, Entry], sweep: Sweep, start: int, memory: memoryview) -> None:
+        """One chunk of a sweep."""
+        nbytes = min(CHUNK, sweep.nbytes - start)
+        at = sweep.at + start
+        try:
+            self._fetch(part, None, sweep.file, sweep.offset + start, nbytes, memory[at : at + whole_pages(nbytes)])
+        except ReadError as error:
+            error.tensor = _tensor_at(entries, sweep.file, error.offset)
+            raise
+
+    def _fetch(self, part: str, name: str | None, file: str, offset: int, nbytes: int, memory: memoryview) -> None:
+        try:
+            self._files[file].read(memory, offset, nbytes)
+        except WeightError as error:
+            error.part, error.tensor = part, name
+            raise
+
+    def _copies(self, part: str, name: str, entry: Entry, out: memoryview) -> list[Callable[[], None]]:
+        """Jobs that together copy a whole tensor: one for each extent."""
+        step = entry.extents[0].nbytes
+        return [
+            partial(self._copy, part, name, entry, start, out[start : start + step])
+            for start in range(0, entry.info.nbytes, step)
+        ]
+
+    def _copy(self, part: str, name: str, entry: Entry, start: int, out: memoryview) -> None:
+        """Bytes of a tensor from `start` on, through memory of our own, to wherever they shall go."""
+        bounce = pages(min(BOUNCE, len(out)) + 2 * PAGE)
+        step = entry.extents[0].nbytes
+        done = 0
+        while done < len(out):
+            extent, skip = entry.extents[(start + done) // step], (start + done) % step
+            nbytes = min(BOUNCE, step - skip, len(out) - done)
+            at = (extent.offset + skip) % PAGE
+            self._fetch(part, name, extent.file, extent.offset + skip - at, at + nbytes, bounce)
+            out[done : done + nbytes] = bounce[at : at + nbytes]
+            done += nbytes
+
+    def _row_groups(self, part: str, name: str, entry: Entry, groups: list[RowGroup], out: np.ndarray) -> None:
+        for start, ids in groups:
+            span = np.empty((ids[-1] - ids[0] + 1, out.shape[1]), dtype=np.uint8)
+            self._copy(part, name, entry, int(ids[0]) * out.shape[1], span.data.cast("B"))
+            out[start : start + len(ids)] = span[ids - ids[0]]
+
+    def _run(self, jobs: list[Callable[[], None]]) -> None:
+        """All jobs at once; on return, or when the first error is raised, none is running any more."""
+        if len(jobs) == 1:
+            return jobs[0]()
+        futures: list[Future[None]] = []
+        try:
+            for job in jobs:
+                futures.append(self._submit(job))
+            for future in futures:
+                future.result()
+        finally:  # the memory is the caller's again
+            for future in futures:
+                future.cancel()
+            wait(futures)
+
+    def _submit(self, job: Callable[[], None]) -> Future[None]:
+        with self._lock:
+            if self._closed:
+                raise WeightError("this store is closed", file=self.path, remedy="Open it again.")
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="llm_sepweight")
+            return self._pool.submit(job)
+
+    def _say_buffered(self, file: str) -> None:
+        with self._lock:
+            warned, self._warned = self._warned, True
+        if not warned:
+            warnings.warn(f"{file}: no direct reads on this file system; reading through the page cache", stacklevel=2)
+
+
+def _tensors(entries: Mapping[str, Entry], placement: Placement, memory: memoryview) -> dict[str, torch.Tensor]:
+    return {
+        name: as_tensor(memory, placement.starts[name], entry.info.dtype, entry.info.shape)
+        for name, entry in entries.items()
+    }
+
+
+def _tensor_at(entries: Mapping[str, Entry], file: str, offset: int) -> str | None:
+    """The first tensor whose data goes beyond this offset of a file."""
+    ends = [
+        (extent.offset + extent.nbytes, name)
+        for name, entry in entries.items()
+        for extent in entry.extents
+        if extent.file == file and extent.offset + extent.nbytes > offset
+    ]
+    return min(ends)[1] if ends else None

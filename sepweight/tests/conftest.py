@@ -1,0 +1,89 @@
+"""A small checkpoint with everything that is special about one, and its layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+CONFIG = {"model_type": "tiny", "hidden_size": 24, "rope_theta": 1e4}
+Place = tuple[Any, ...]
+
+
+def _tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    tensors = {"embed.weight": random(1000, 24), "norm.weight": random(24, dtype=torch.float32)}
+    for layer in range(3):
+        tensors[f"layers.{layer}.up.weight"] = random(96, 24)
+        tensors[f"layers.{layer}.down.weight"] = random(24, 96)
+        tensors[f"layers.{layer}.scale"] = random(dtype=torch.float32)
+        tensors[f"layers.{layer}.nothing"] = random(0, 24)
+        tensors[f"layers.{layer}.inv_freq"] = random(12, dtype=torch.float32)
+        for expert in range(2):
+            tensors[f"layers.{layer}.experts.{expert}.weight"] = random(9, 24, dtype=torch.float16)
+    return tensors
+
+
+def _layout(key: str, config: Mapping[str, Any]) -> list[Place]:
+    assert config == CONFIG
+    if key == "embed.weight":
+        return [("begin", "embed.weight"), ("end", "head.weight")]
+    if key == "norm.weight":
+        return [("end", key)]
+    _, layer, *rest = key.split(".")
+    part = f"mid.{int(layer):05d}"
+    if rest == ["inv_freq"]:
+        return []
+    if rest[0] == "experts":
+        return [(part, "experts.weight", int(rest[1]))]
+    return [(part, ".".join(rest))]
+
+
+@pytest.fixture
+def tensors() -> dict[str, torch.Tensor]:
+    return _tensors()
+
+
+@pytest.fixture
+def layout() -> Callable[[str, Mapping[str, Any]], list[Place]]:
+    return _layout
+
+
+@pytest.fixture
+def expected(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """What each part must hold."""
+    parts: dict[str, dict[str, torch.Tensor]] = {"begin": {"embed.weight": tensors["embed.weight"]}}
+    for layer in range(3):
+        own = {key.removeprefix(f"layers.{layer}."): t for key, t in tensors.items() if f"layers.{layer}." in key}
+        experts = torch.stack([own.pop("experts.0.weight"), own.pop("experts.1.weight")])
+        own.pop("inv_freq")
+        parts[f"mid.{layer:05d}"] = {**own, "experts.weight": experts}
+    parts["end"] = {"norm.weight": tensors["norm.weight"], "head.weight": tensors["embed.weight"]}
+    return parts
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """The checkpoint in two shards with an index; layer 1 lies in both."""
+    directory = tmp_path / "checkpoint"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    (directory / "tokenizer.json").write_text("{}")
+    keys = list(tensors)
+    cut = keys.index("layers.1.scale")
+    weight_map = {}
+    for number, chosen in enumerate((keys[:cut], keys[cut:]), start=1):
+        name = f"model-{number:05d}-of-00002.safetensors"
+        save_file({key: tensors[key] for key in chosen}, directory / name)
+        weight_map |= dict.fromkeys(chosen, name)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return directory

@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import llm_sepweight
+from llm_sepweight import WeightError
+from llm_sepweight._spec import chosen
+
+
+@pytest.fixture
+def directory(checkpoint, layout, tmp_path) -> Path:
+    llm_sepweight.split(checkpoint, tmp_path / "split", layout=layout)
+    return tmp_path / "split"
+
+
+def assert_same(weights: llm_sepweight.WeightStore, expected) -> None:
+    assert weights.parts == tuple(expected)
+    for part, wanted in expected.items():
+        found = weights.load(part)
+        assert set(found) == set(weights.tensors(part)) == set(wanted)
+        for name, tensor in wanted.items():
+            assert found[name].dtype == tensor.dtype
+            assert torch.equal(found[name], tensor)
+
+
+def test_what_was_split_is_what_was_there(directory, checkpoint, expected):
+    with llm_sepweight.open(directory) as weights:
+        assert_same(weights, expected)
+        assert weights.config == json.loads((checkpoint / "config.json").read_text())
+    assert {path.name for path in directory.iterdir()} == {
+        "begin.safetensors", "mid.00000.safetensors", "mid.00001.safetensors", "mid.00002.safetensors",
+        "end.safetensors", "sepweight.json", "config.json", "tokenizer.json",
+    }  # fmt: skip
+
+
+def test_every_file_is_a_safetensors_file_with_its_data_on_a_page(directory, expected):
+    for part, wanted in expected.items():
+        file = directory / f"{part}.safetensors"
+        assert (8 + int.from_bytes(file.read_bytes()[:8], "little")) % 4096 == 0
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            for name in opened.keys():  # noqa: SIM118
+                assert torch.equal(opened.get_tensor(name), wanted[name])
+
+
+def test_tensors_lie_as_aligned_as_their_sizes_allow(tmp_path):
+    shapes = {"a": 3, "b": 4096, "c": 64, "d": 5, "e": 8192, "f": 128, "g": 0}
+    source = tmp_path / "source"
+    source.mkdir()
+    save_file({name: torch.ones(n, dtype=torch.uint8) for name, n in shapes.items()}, source / "model.safetensors")
+    llm_sepweight.split(source, tmp_path / "split", layout=lambda key, config: [("end", key)])
+    with llm_sepweight.open(tmp_path / "split") as weights:
+        for name, entry in weights._part("end").items():
+            assert entry.extents[0].offset % (shapes[name] & -shapes[name] or 4096) == 0
+
+
+def test_a_tied_matrix_is_stored_once(directory):
+    manifest = json.loads((directory / "sepweight.json").read_text())
+    assert manifest["parts"]["end"]["tensors"]["head.weight"] == {"part": "begin", "name": "embed.weight"}
+    assert set(load_file(directory / "end.safetensors")) == {"norm.weight"}
+    with llm_sepweight.open(directory) as weights:
+        assert weights.tensors("end")["head.weight"] == weights.tensors("begin")["embed.weight"]
+
+
+def test_the_manifest_says_what_each_file_holds(directory):
+    manifest = json.loads((directory / "sepweight.json").read_text())
+    assert (manifest["format"], manifest["version"]) == ("sepweight", 1)
+    assert manifest["tool"] == f"llm_sepweight {llm_sepweight.__version__}"
+    for part, fields in manifest["parts"].items():
+        assert fields["file"] == f"{part}.safetensors"
+        assert fields["nbytes"] == (directory / fields["file"]).stat().st_size
+    assert manifest["parts"]["mid.00001"]["tensors"]["experts.weight"] == {"dtype": "F16", "shape": [2, 9, 24]}
+
+
+def test_a_spec_writes_its_parts_with_all_that_they_need(checkpoint, layout, expected, tmp_path):
+    llm_sepweight.split(checkpoint, tmp_path / "some", layout=layout, spec="1:3 e")
+    with llm_sepweight.open(tmp_path / "some") as weights:
+        assert_same(weights, {part: expected[part] for part in ("mid.00001", "mid.00002", "end")})
+
+
+def test_splitting_a_split_model_gives_the_same_bytes(directory, tmp_path):
+    with llm_sepweight.open(directory) as weights:
+        llm_sepweight.split(weights, tmp_path / "again")
+    for path in directory.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_progress_goes_up_to_all_bytes_written(checkpoint, layout, tmp_path):
+    seen = []
+    llm_sepweight.split(checkpoint, tmp_path / "new", layout=layout, progress=lambda *done: seen.append(done))
+    written = sum(path.stat().st_size for path in (tmp_path / "new").glob("*.safetensors"))
+    assert seen == sorted(seen)
+    assert seen[-1] == (written, written)
+
+
+def test_a_split_model_is_not_overwritten(directory, checkpoint, layout):
+    with pytest.raises(WeightError, match=r"already .*sepweight.json\)\. Choose another destination"):
+        llm_sepweight.split(checkpoint, directory, layout=layout)
+    with pytest.raises(WeightError, match="the same"):
+        llm_sepweight.split(checkpoint, checkpoint, layout=layout)
+
+
+def test_a_split_that_fails_leaves_nothing_that_looks_finished(checkpoint, layout, tmp_path):
+    def stop(done, total):
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        llm_sepweight.split(checkpoint, tmp_path / "new", layout=layout, progress=stop)
+    assert "sepweight.json" not in os.listdir(tmp_path / "new")
+    assert not list((tmp_path / "new").glob("*.partial"))
+    with pytest.raises(WeightError, match="needs a layout"):
+        llm_sepweight.open(tmp_path / "new")
+
+
+def test_a_disk_that_is_full_is_said_with_the_file(checkpoint, layout, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(WeightError, match=r"No space left on device \(file .*begin.safetensors\)\. Make room"):
+        llm_sepweight.split(checkpoint, tmp_path / "new", layout=layout)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def change(directory: Path, path: str, value: object) -> None:
+    """Set the field at `path` of the manifest; None removes it."""
+    file = directory / "sepweight.json"
+    manifest = json.loads(file.read_text())
+    *way, last = path.split("|")
+    fields = manifest
+    for step in way:
+        fields = fields[step]
+    if value is None:
+        del fields[last]
+    else:
+        fields[last] = value
+    file.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("version", 2, "version 2; 'sepweight' version 1 can be read.*Update llm_sepweight"),
+        ("version", None, "version None"),
+        ("format", "other", "'other'"),
+        ("config", None, "config or parts are missing"),
+        ("parts", {}, "config or parts are missing"),
+        ("parts|begin", 7, "no valid entry.*part begin"),
+        ("parts|begin|file", "../begin.safetensors", "not the name of a file"),
+        ("parts|begin|file", "absent.safetensors", "the file is missing.*part begin"),
+        ("parts|begin|file", "end.safetensors", "part begin"),
+        ("parts|begin|nbytes", 7, "but 7 in the manifest.*part begin"),
+        ("parts|begin|tensors", [], "no valid entry|not in the manifest"),
+        ("parts|middle", {}, "parts are begin"),
+        ("parts|mid.00001|tensors|up.weight", None, "not in the manifest.*part mid.00001, tensor up.weight"),
+        ("parts|mid.00001|tensors|new", {"dtype": "F32", "shape": [1]}, "not in the file.*tensor new"),
+        ("parts|mid.00001|tensors|scale", {"dtype": "F32", "shape": [1]}, r"\[1\].* expected.*tensor scale"),
+        (
+            "parts|end|tensors|head.weight",
+            {"part": "begin", "name": "no"},
+            "another part.*part end, tensor head.weight",
+        ),
+        ("parts|end|tensors|head.weight", {"part": []}, "another part"),
+        ("parts|end|tensors|head.weight", 5, "no valid entry"),
+    ],
+)
+def test_a_manifest_that_is_not_true_is_refused(directory, path, value, message):
+    change(directory, path, value)
+    with pytest.raises(WeightError, match=message):
+        llm_sepweight.open(directory)
+
+
+def test_a_truncated_or_missing_part_is_named(directory):
+    os.truncate(directory / "mid.00001.safetensors", 6000)
+    with pytest.raises(WeightError, match="the file is cut short.*mid.00001.safetensors, part mid.00001, tensor"):
+        llm_sepweight.open(directory)
+    (directory / "mid.00001.safetensors").unlink()
+    with pytest.raises(WeightError, match="the file is missing.*mid.00001.safetensors, part mid.00001"):
+        llm_sepweight.open(directory)
+
+
+PARTS = ("begin", "mid.00000", "mid.00001", "mid.00001/experts.00000", "mid.00002", "end")
+
+
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [
+        ("f", PARTS),
+        ("b 0:1", PARTS[:2]),
+        ("e 1-2", ("mid.00001", "mid.00001/experts.00000", "end")),
+        ("0:1 2:3", ("mid.00000", "mid.00002")),
+    ],
+)
+def test_a_spec_names_parts(spec, names):
+    assert chosen(spec, PARTS) == list(names)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("", "names nothing"),
+        ("x", "'x' at character 1"),
+        ("b 0:1x", "'x' at character 6"),
+        ("b 0", "the end of '0'"),
+        ("0:", "the end of '0:'"),
+        ("2:1", "holds no layer"),
+        ("2:9", "no mid.00003"),
+        ("b,e", "',' at character 2|'b' at character 1"),
+    ],
+)
+def test_a_bad_spec_is_refused_at_its_character(spec, message):
+    with pytest.raises(ValueError, match=message):
+        chosen(spec, PARTS)
+
+
+def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], names)  # type: ignore[index]
+    with llm_sepweight.open("tiny-split") as weights:
+        assert torch.equal(weights.load("end")["head.weight"], load_file("tiny/model.safetensors")["head"])

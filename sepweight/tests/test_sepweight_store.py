@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import llm_sepweight
+from llm_sepweight import TensorInfo, WeightError
+from llm_sepweight._header import DTYPES
+
+
+def memory(nbytes: int) -> torch.Tensor:
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+
+
+def assert_holds(found, expected) -> None:
+    assert list(found) == list(expected) or set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+def at_end(key, config):
+    return [("end", key)]
+
+
+def test_a_sharded_checkpoint_is_a_store_in_place(checkpoint, layout, expected):
+    with llm_sepweight.open(checkpoint, layout) as weights:
+        assert weights.parts == ("begin", "mid.00000", "mid.00001", "mid.00002", "end")
+        assert weights.config["rope_theta"] == 1e4
+        for part, tensors in expected.items():
+            assert_holds(weights.load(part), tensors)
+            assert weights.nbytes(part) == sum(t.nbytes for t in tensors.values())
+            infos = {name: TensorInfo(t.dtype, tuple(t.shape), t.nbytes) for name, t in tensors.items()}
+            assert dict(weights.tensors(part)) == infos
+
+
+def test_a_single_file_needs_no_index_and_no_config(tmp_path):
+    save_file({"a": torch.arange(5)}, tmp_path / "model.safetensors")
+    with llm_sepweight.open(str(tmp_path), at_end) as weights:
+        assert weights.config == {}
+        assert_holds(weights.load("end"), {"a": torch.arange(5)})
+
+
+def test_the_index_comes_before_the_single_file_and_safetensors_before_bin(checkpoint, layout, expected):
+    save_file({"other": torch.zeros(1)}, checkpoint / "model.safetensors")
+    torch.save({"other": torch.zeros(1)}, checkpoint / "pytorch_model.bin")
+    with llm_sepweight.open(checkpoint, layout) as weights:
+        assert_holds(weights.load("mid.00001"), expected["mid.00001"])
+
+
+def test_shards_may_be_links_as_in_the_cache_of_the_hub(checkpoint, layout, expected):
+    blobs = checkpoint.parent / "blobs"
+    blobs.mkdir()
+    for shard in checkpoint.glob("*.safetensors"):
+        shard.rename(blobs / shard.stem)
+        shard.symlink_to(f"../blobs/{shard.stem}")
+    with llm_sepweight.open(checkpoint, layout) as weights:
+        assert_holds(weights.load("mid.00001"), expected["mid.00001"])
+
+
+@pytest.mark.parametrize("skip", [0, 1, 4000])
+def test_load_fills_the_callers_memory(checkpoint, layout, expected, skip):
+    with llm_sepweight.open(checkpoint, layout) as weights:
+        nbytes = weights.buffer_nbytes("mid.00001")
+        into = memory(nbytes + 8192)[skip:]
+        found = weights.load("mid.00001", into=into)
+        assert_holds(found, expected["mid.00001"])
+        begin = into.data_ptr()
+        for tensor in found.values():
+            assert tensor.numel() == 0 or begin <= tensor.data_ptr() <= begin + len(into) - tensor.nbytes
+
+
+def test_load_also_fills_a_plain_buffer(checkpoint, layout, expected):
+    with llm_sepweight.open(checkpoint, layout) as weights:
+        into = mmap.mmap(-1, weights.buffer_nbytes("begin"))
+        found = weights.load("begin", into=into)
+        assert_holds(found, expected["begin"])
+        into[:] = bytes(len(into))
+        assert not found["embed.weight"].any()
+
+
+@pytest.mark.parametrize("into", [memory(4096), b"\0" * 99999, torch.zeros(99999)], ids=["small", "readonly", "floats"])
+def test_memory_that_will_not_do_is_refused(checkpoint, layout, into):
+    with llm_sepweight.open(checkpoint, layout) as weights, pytest.raises(ValueError, match="into: .* needed"):
+        weights.load("begin", into=into)
+
+
+def test_tensors_outlive_the_store(checkpoint, layout, expected):
+    with llm_sepweight.open(checkpoint, layout) as weights:
+        found = weights.load("mid.00001")
+    gc.collect()
+    assert_holds(found, expected["mid.00001"])
+
+
+def test_addresses_are_those_of_the_file_modulo_a_page(tmp_path):
+    """So the same rows come with the same alignment, whether read alone or with all others."""
+    save_file({"a": torch.randn(1001, 1001), "b": torch.randn(999, 77)}, tmp_path / "model.safetensors")
+    with llm_sepweight.open(tmp_path, at_end) as weights:
+        offsets = {name: entry.extents[0].offset for name, entry in weights._part("end").items()}
+        for name, tensor in weights.load("end").items():
+            assert tensor.data_ptr() % 4096 == offsets[name] % 4096
+            into = memory(tensor.nbytes + 8192)
+            for start, stop in ((0, 3), (5, 900), (998, 999)):
+                rows = weights.read("end", name, start, stop, into)
+                assert rows.data_ptr() % 4096 == tensor[start:].data_ptr() % 4096
+
+
+def test_read_gives_rows_of_any_tensor(checkpoint, layout, expected):
+    into = memory(1 << 17)
+    with llm_sepweight.open(checkpoint, layout) as weights:
+        for part, tensors in expected.items():
+            for name, tensor in tensors.items():
+                for start in range(0, len(tensor) if tensor.dim() else 0, 7):
+                    stop = min(start + 13, len(tensor))
+                    rows = weights.read(
+                        part, name, start, stop, into[: tensor[start:stop].nbytes // 4096 * 4096 + 8192]
+                    )
+                    assert torch.equal(rows, tensor[start:stop])
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "stop"), [("up.weight", 0, 97), ("up.weight", -1, 2), ("up.weight", 3, 2), ("scale", 0, 1)]
+)
+def test_read_refuses_rows_that_are_not_there(checkpoint, layout, name, start, stop):
+    with (
+        llm_sepweight.open(checkpoint, layout) as weights,
+        pytest.raises(WeightError, match=f"part mid.00000, .*{name}"),
+    ):
+        weights.read("mid.00000", name, start, stop, memory(1 << 16))
+
+
+@pytest.mark.parametrize("ids", [[], [5], [5, 5], [999, 0, 500, 0], list(range(1000)), torch.tensor([3, 1, 2])])
+def test_rows_come_in_the_order_asked_for(checkpoint, layout, tensors, ids):
+    with llm_sepweight.open(checkpoint, layout) as weights:
+        wanted = torch.as_tensor(ids, dtype=torch.int64)
+        assert torch.equal(weights.rows("begin", "embed.weight", ids), tensors["embed.weight"][wanted])
+
+
+def test_rows_of_a_large_sparse_choice_are_found(tmp_path):
+    table = torch.randn(4000, 3000)
+    save_file({"table": table}, tmp_path / "model.safetensors")
+    ids = torch.randint(0, 4000, (500,))
+    with llm_sepweight.open(tmp_path, at_end) as weights:
+        assert torch.equal(weights.rows("end", "table", ids), table[ids])
+
+
+def test_rows_of_vectors_stacks_and_nothing(checkpoint, layout, expected):
+    with llm_sepweight.open(checkpoint, layout) as weights:
+        stack = expected["mid.00002"]["experts.weight"]
+        assert torch.equal(weights.rows("mid.00002", "experts.weight", [1, 0, 1]), stack[[1, 0, 1]])
+        assert torch.equal(weights.rows("end", "norm.weight", [7, 3]), expected["end"]["norm.weight"][[7, 3]])
+        assert weights.rows("mid.00000", "nothing", []).shape == (0, 24)
+
+
+@pytest.mark.parametrize("ids", [[1000], [-1], [[1]]])
+def test_rows_that_are_not_there_are_refused(checkpoint, layout, ids):
+    with (
+        llm_sepweight.open(checkpoint, layout) as weights,
+        pytest.raises(WeightError, match=r"row.*tensor embed.weight"),
+    ):
+        weights.rows("begin", "embed.weight", ids)
+
+
+def test_every_dtype_is_read(tmp_path):
+    raw = torch.arange(48, dtype=torch.uint8).reshape(6, 8) % 2
+    tensors = {name: raw.clone().view(dtype) for name, dtype in DTYPES.items() if name != "F8_E8M0"}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with llm_sepweight.open(tmp_path, at_end) as weights:
+        for name, found in weights.load("end").items():
+            assert found.dtype == tensors[name].dtype
+            assert torch.equal(found.contiguous().view(torch.uint8), raw)
+
+
+def test_a_tensor_that_lies_askew_in_the_file_is_copied_to_aligned_memory(tmp_path):
+    skewed, matrix = torch.arange(3, dtype=torch.uint8), torch.randn(300, 70)
+    text = (
+        b'{"skewed":{"dtype":"U8","shape":[3],"data_offsets":[0,3]},'
+        b'"matrix":{"dtype":"F32","shape":[300,70],"data_offsets":[3,84003]}}'
+    )
+    text += b" " * (-len(text) % 8)  # so the matrix starts three bytes beyond a multiple of eight
+    data = len(text).to_bytes(8, "little") + text + skewed.numpy().tobytes() + matrix.numpy().tobytes()
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with llm_sepweight.open(tmp_path, at_end) as weights:
+        found = weights.load("end")
+        rows = weights.read("end", "matrix", 17, 150, memory(1 << 17))
+        assert torch.equal(weights.rows("end", "matrix", [299, 2]), matrix[[299, 2]])
+    assert torch.equal(found["matrix"], matrix)
+    assert torch.equal(rows, matrix[17:150])
+    assert found["matrix"].data_ptr() % 64 == 0
+    assert rows.data_ptr() % 4096 == found["matrix"][17:].data_ptr() % 4096
+
+
+def test_many_threads_read_at_once(tmp_path):
+    table = torch.randn(3000, 257)
+    save_file({"table": table}, tmp_path / "model.safetensors")
+    with llm_sepweight.open(tmp_path, at_end) as weights:
+
+        def read(seed: int) -> bool:
+            into = memory(1 << 21)
+            start = seed * 37 % 2000
+            for stop in range(start + 1, start + 900, 90):
+                if not torch.equal(weights.read("end", "table", start, stop, into), table[start:stop]):
+                    return False
+            return torch.equal(weights.rows("end", "table", [seed, start]), table[[seed, start]])
+
+        with ThreadPoolExecutor(16) as pool:
+            assert all(pool.map(read, range(100)))
+
+
+def test_closing_leaves_no_file_and_no_thread(checkpoint, layout):
+    def files_of() -> list[str]:
+        links = (f"/proc/self/fd/{descriptor}" for descriptor in os.listdir("/proc/self/fd"))
+        return [os.readlink(link) for link in links if os.path.islink(link)]
+
+    threads = threading.active_count()
+    weights = llm_sepweight.open(checkpoint, layout)
+    for part in weights.parts:
+        weights.load(part)
+    assert sum(str(checkpoint) in file for file in files_of()) == 2
+    weights.close()
+    weights.close()
+    assert not any(str(checkpoint) in file for file in files_of())
+    assert threading.active_count() == threads
+    for use in (
+        lambda: weights.load("mid.00001"),
+        lambda: weights.read("begin", "embed.weight", 0, 1, memory(1 << 16)),
+    ):
+        with pytest.raises(WeightError, match="this store is closed"):
+            use()
+
+
+def test_what_is_not_there_is_named(checkpoint, layout):
+    with llm_sepweight.open(checkpoint, layout) as weights:
+        with pytest.raises(WeightError, match="no part 'mid.00003'; there are begin, mid.00000"):
+            weights.load("mid.00003")
+        with pytest.raises(WeightError, match="no tensor 'bias'; there are embed.weight"):
+            weights.rows("begin", "bias", [0])
+
+
+def test_a_checkpoint_without_layout_is_refused_with_the_remedy(checkpoint: Path):
+    with pytest.raises(WeightError, match="Pass layout="):
+        llm_sepweight.open(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ([("end", "a")], "another tensor already is"),
+        ([("head", "a")], "a part 'head'"),
+        ([("../end", "a")], "a part '../end'"),
+        ([("end", "a", slice(0, 1))], r"index slice\(0, 1, None\)"),
+        ([("end", "a", -1)], "index -1"),
+        ([("end", "a", 1)], "another tensor already is"),
+        (None, "the layout fails"),
+    ],
+)
+def test_a_layout_that_cannot_be_followed_is_refused(tmp_path, answer, message):
+    save_file({"x": torch.zeros(2), "y": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightError, match=f"{message}.*model.safetensors"):
+        llm_sepweight.open(tmp_path, lambda key, config: answer)
+
+
+def test_an_unknown_key_surfaces_as_the_layouts_error_with_the_file(tmp_path):
+    save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors")
+
+    def strict(key, config):
+        raise ValueError(f"unknown key {key!r}")
+
+    with pytest.raises(WeightError, match="unknown key 'x'.*model.safetensors, tensor x") as caught:
+        llm_sepweight.open(tmp_path, strict)
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_missing_slices_and_slices_that_differ_are_refused(tmp_path):
+    save_file({"0": torch.zeros(2), "2": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightError, match=r"only \[0, 2\] found"):
+        llm_sepweight.open(tmp_path, lambda key, config: [("end", "w", int(key))])
+    with pytest.raises(WeightError, match="differs in dtype or shape"):
+        llm_sepweight.open(tmp_path, lambda key, config: [("end", "w", int(key) // 2)])
