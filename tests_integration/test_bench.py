@@ -1,0 +1,150 @@
+"""The benchmark end to end on a tiny checkpoint, and the pieces that its numbers rest on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+BENCH = Path(__file__).parent.parent / "bench"
+sys.path.append(str(BENCH))
+
+import cgroup  # noqa: E402
+import checkpoint  # noqa: E402
+import peers  # noqa: E402
+import rates  # noqa: E402
+
+TINY = checkpoint.SHAPES["tiny"]
+
+
+@pytest.fixture
+def in_cgroup() -> None:
+    if reason := cgroup.why_not():
+        pytest.skip(f"no memory cgroup: {reason}")
+
+
+def run_bench(folder: Path, *arguments: str) -> tuple[str, dict]:
+    command = [
+        sys.executable,
+        BENCH / "bench.py",
+        "--shape",
+        "tiny",
+        "--dir",
+        folder,
+        "--json",
+        folder / "results.json",
+    ]
+    done = subprocess.run(
+        [*command, "--peers", "--tokens", "3", *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads((folder / "results.json").read_text())
+
+
+def test_bench_prints_a_table_and_writes_all_numbers(tmp_path: Path):
+    printed, written = run_bench(tmp_path, "--memory", "smallest", "all")
+    assert [run["error"] for run in written["runs"]] == [None, None]
+    assert [run["memory"] is None for run in written["runs"]] == [False, True]
+    for run in written["runs"]:
+        assert len(run["seconds"]) == 3
+        assert run["seconds_per_token"] > 0
+        assert run["of_limit"] == pytest.approx(run["limit"] / run["seconds_per_token"])
+        stats = run["last"]["stats"]
+        assert stats["passes"] == 1
+        parts = stats["seconds_computing"] + stats["seconds_waiting"] + stats["seconds_else"]
+        assert parts == pytest.approx(stats["seconds_total"])
+        assert run["last"]["tokens"] == written["runs"][0]["last"]["tokens"]
+    assert len(written["disk_rates"]) == 4  # before and after each run
+    table = printed[printed.index("memory  ", printed.index("s/token\n")) :]
+    assert table.count("llm_partial_run") == 2
+    if written["cgroup"] == "used":
+        assert written["runs"][0]["capped"]
+        assert written["runs"][0]["peak"] <= written["runs"][0]["memory"]
+
+
+def test_a_budget_too_small_is_told_in_the_table(tmp_path: Path):
+    command = [
+        sys.executable,
+        BENCH / "bench.py",
+        "--shape",
+        "tiny",
+        "--dir",
+        tmp_path,
+        "--json",
+        tmp_path / "results.json",
+    ]
+    done = subprocess.run([*command, "--peers", "--memory", "90MiB"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    [run] = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert run["error"]
+    assert run["error"] in done.stdout
+
+
+def test_the_checkpoint_is_one_that_transformers_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shape = replace(TINY, layers=2)
+    monkeypatch.setattr(checkpoint, "BYTES_PER_SHARD", shape.nbytes // 3)
+    path = checkpoint.write(shape, tmp_path, lambda line: None)
+    assert len(list(path.glob("model-*.safetensors"))) > 2
+    assert sum(file.stat().st_size for file in path.glob("*.safetensors")) > shape.nbytes
+    model, told = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)  # pyright: ignore[reportGeneralTypeIssues]
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    assert sum(p.numel() for p in model.parameters()) * 2 == shape.nbytes
+    assert model.lm_head.weight.std().item() == pytest.approx(checkpoint.STD, rel=0.02)
+    with torch.inference_mode():
+        assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def test_a_checkpoint_is_reused_where_it_is_whole_and_written_again_where_not(tmp_path: Path):
+    def written() -> int:
+        return (checkpoint.write(TINY, tmp_path, lambda line: None) / "model.safetensors").stat().st_mtime_ns
+
+    first = written()
+    assert written() == first
+    with open(tmp_path / TINY.name / "model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    assert written() != first
+    assert (tmp_path / TINY.name / "model.safetensors").stat().st_size > TINY.nbytes
+
+
+def test_the_default_shape_is_6_85_gigabytes_of_which_a_pass_touches_6_65():
+    shape = checkpoint.SHAPES["3b"]
+    assert shape.nbytes == pytest.approx(6.85e9, rel=1e-3)
+    assert shape.touched == shape.nbytes - 2 * 32000 * 3200
+
+
+def test_disk_rate_reads_files_that_are_smaller_than_a_chunk(tmp_path: Path):
+    file = tmp_path / "small"
+    file.write_bytes(bytes(100_000))
+    assert rates.disk([file], sample=1 << 20).rate > 0
+
+
+@pytest.mark.usefixtures("in_cgroup")
+def test_a_group_counts_what_a_command_uses_and_the_kernel_ends_one_that_wants_more():
+    def use(nbytes: int) -> cgroup.Finished:
+        command = [sys.executable, "-c", f"print(len(b'x' * {nbytes}))"]
+        return cgroup.run(command, limit=200_000_000, timeout=60)
+
+    fits = use(100_000_000)
+    assert (fits.returncode, fits.killed, fits.stdout) == (0, False, "100000000\n")
+    assert fits.peak is None or 100_000_000 < fits.peak <= 200_000_000
+    assert use(400_000_000).killed
+
+
+def test_a_command_that_takes_too_long_is_ended():
+    with pytest.raises(TimeoutError, match="longer than 1 s"):
+        cgroup.run(["sleep", "60"], limit=None, timeout=1)
+
+
+def test_a_peer_that_cannot_be_installed_is_told_with_pips_own_words(tmp_path: Path):
+    peer = peers.Peer("broken", ("./there-is-no-such-folder",), "none.py", has_torch=False)
+    error = peers.install(peer, tmp_path)
+    assert error is not None
+    assert "there-is-no-such-folder" in error
+    assert not peer.installed(tmp_path)
