@@ -1,0 +1,107 @@
+"""`llm-partial-run` as a user starts it: a process, its output, its exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+MODEL = Path(__file__).parent.parent / "demo" / "model"
+PROMPT = "Q: What is the capital of France?\nA:"
+
+
+def command(*arguments, **options):
+    line = [sys.executable, "-m", "llm_partial_run.cli", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, **options)
+
+
+@pytest.fixture
+def model(tmp_path):
+    return Path(shutil.copytree(MODEL, tmp_path / "model"))
+
+
+def test_generate_prints_the_answer_on_stdout_and_the_plan_and_cost_on_stderr():
+    done = command("generate", MODEL, "--prompt", PROMPT, "--memory", "1GiB", "--max-new-tokens", 8)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "Paris"
+    assert "weights resident" in done.stderr
+    assert "waiting for the disk" in done.stderr
+
+
+def test_generate_for_a_script_is_one_json_object():
+    done = command("generate", MODEL, "--prompt", "-", "--memory", "1GiB", "--json", input=PROMPT)
+    facts = json.loads(done.stdout)
+    assert facts["text"].strip() == "Paris"
+    assert facts["peak_memory"] < facts["plan"]["memory"] == 1 << 30
+
+
+def test_plan_loads_nothing_and_says_where_every_byte_goes():
+    done = command("plan", MODEL, "--memory", "1GiB")
+    assert done.returncode == 0
+    assert "read per pass" in done.stdout
+    assert json.loads(command("plan", MODEL, "--memory", "1GiB", "--json").stdout)["memory"] == 1 << 30
+
+
+def test_the_smallest_budget_that_an_error_names_works():
+    refused = command("generate", MODEL, "--prompt", PROMPT, "--memory", "10MiB", "--max-new-tokens", 4)
+    assert refused.returncode == 2
+    assert "too small" in refused.stderr
+    smallest = refused.stderr.split("the smallest that works is ")[1].split()[0]
+    done = command("generate", MODEL, "--prompt", PROMPT, "--memory", smallest, "--max-new-tokens", 4)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "Paris"
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda m: (m / "tokenizer.json").unlink(), "tokenizer.json does not exist"),
+        (lambda m: (m / "tokenizer.json").write_text("{}"), "tokenizer.json is no tokenizer"),
+        (lambda m: (m / "config.json").unlink(), "config.json does not exist"),
+        (lambda m: (m / "config.json").write_text('{"model_type": "t5"}'), "'t5'"),
+        (lambda m: (m / "model.safetensors").unlink(), "safetensors"),
+        (lambda m: os.truncate(m / "model.safetensors", 1_000_000), "model.safetensors"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_model_is_said_in_one_line(model, break_it, message):
+    break_it(model)
+    done = command("generate", model, "--prompt", PROMPT, "--memory", "1GiB")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_an_empty_prompt_is_refused():
+    done = command("generate", MODEL, "--prompt", "", "--memory", "1GiB")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "prompt is empty" in done.stderr
+
+
+def test_an_interrupt_ends_the_command_at_once_and_without_a_traceback():
+    line = [sys.executable, "-u", "-m", "llm_partial_run.cli", "generate", str(MODEL), "--prompt", PROMPT]
+    line += ["--memory", "1GiB", "--max-new-tokens", "20000", "--temperature", "100", "--seed", "1"]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.read(1)  # it has begun
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+
+
+def test_without_its_extra_the_command_says_what_to_install():
+    code = "import sys; sys.modules['llm_sepweight'] = None; from llm_partial_run.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "plan", str(MODEL)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "llm_partial_run[cli]" in done.stderr
