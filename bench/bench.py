@@ -65,11 +65,8 @@ class Bench:
         self.refused = cgroup.why_not()
         if self.refused:
             print(f"cgroup      none, so nothing holds the runners to their memory: {self.refused}")
-        print(
-            f"memory      reading {(rate := _memory_rate(min(1 << 30, 8 * self.shape.nbytes))) / 1e9:.1f} GB/s",
-            flush=True,
-        )
-        self.memory_rate = rate
+        self.memory_rate = _memory_rate(min(1 << 30, 8 * self.shape.nbytes))
+        print(f"memory      reading {self.memory_rate / 1e9:.1f} GB/s", flush=True)
         self.disk_rates: list[rates.DiskRate] = []
         self.measured: dict[tuple[int | None, str], Measured] = {}
         self.peers = self._prepared_peers()

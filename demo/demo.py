@@ -9,22 +9,28 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
 
 import llm_llama_model as llama
 import llm_partial_run
 import llm_sampler
 import llm_sepweight
-import torch
-from tokenizers import Tokenizer
 
 MODEL = Path(__file__).parent / "model"
-BUDGET = dict(context=96, tokens=64, runtime=0)  # runtime=0: the memory below is the model's alone, without Python and torch
+BUDGET: dict[str, Any] = dict(
+    context=96, tokens=64, runtime=0
+)  # runtime=0: the memory below is the model's alone, without Python and torch
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--question", default="What is the capital of France?")
-    parser.add_argument("--memory", default="2MiB", help="what the model may use; its weights take 2.5 MiB (default: 2MiB)")
+    parser.add_argument(
+        "--memory", default="2MiB", help="what the model may use; its weights take 2.5 MiB (default: 2MiB)"
+    )
     arguments = parser.parse_args()
 
     tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
@@ -36,9 +42,7 @@ def main() -> None:
             print(f"Q: {arguments.question}\nA:", end="", flush=True)
             start = time.perf_counter()
             answer = []
-            steps = llm_sampler.sample(
-                run.forward, [prompt], max_new_tokens=16, temperature=0, stop_ids=config.eos_ids
-            )
+            steps = llm_sampler.sample(run.forward, [prompt], max_new_tokens=16, temperature=0, stop_ids=config.eos_ids)
             for piece in llm_sampler.stream_text(noted(steps, answer), tokenizer.decode):
                 print(piece, end="", flush=True)
             seconds = time.perf_counter() - start

@@ -100,8 +100,6 @@ def test_an_interrupt_ends_the_command_at_once_and_without_a_traceback():
 
 def test_without_its_extra_the_command_says_what_to_install():
     code = "import sys; sys.modules['llm_sepweight'] = None; from llm_partial_run.cli import main; sys.exit(main())"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "plan", str(MODEL)], capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", code, "plan", str(MODEL)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "llm_partial_run[cli]" in done.stderr

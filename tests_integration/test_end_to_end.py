@@ -5,24 +5,26 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from typing import Any
 
-import llm_llama_model as llama
-import llm_partial_run
-import llm_sampler
-import llm_sepweight
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
+import llm_llama_model as llama
+import llm_partial_run
+import llm_sampler
+import llm_sepweight
+
+SIZES: dict[str, Any] = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
 CONFIGS = {
     "llama": LlamaConfig(**SIZES),
     "tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
     "biased window": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1),
 }
-BUDGET = dict(rows=3, context=40, tokens=48, runtime=0)
+BUDGET: dict[str, Any] = dict(rows=3, context=40, tokens=48, runtime=0)
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3], [5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6]]
 
 
@@ -51,7 +53,9 @@ def smallest(path, **changes):
 
 def padded(prompts):
     width = max(map(len, prompts))
-    return torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts]), torch.tensor(list(map(len, prompts)))
+    return torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts]), torch.tensor(
+        list(map(len, prompts))
+    )
 
 
 def test_streamed_logits_are_transformers_and_the_same_bits_at_every_budget(checkpoint):
@@ -98,7 +102,12 @@ def test_rows_that_grow_shrink_and_fan_out_equal_transformers_on_each(checkpoint
     weights, run = opened(path, smallest(path))
     prompt = PROMPTS[2]
     with weights, run:
-        for rows in ([prompt], [[*prompt, 1], [*prompt, 2], [*prompt, 3]], [[*prompt, 2, 7], prompt[:4]], PROMPTS[::-1]):
+        for rows in (
+            [prompt],
+            [[*prompt, 1], [*prompt, 2], [*prompt, 3]],
+            [[*prompt, 2, 7], prompt[:4]],
+            PROMPTS[::-1],
+        ):
             for row, logits in zip(rows, run.forward.last_logits(*padded(rows), 1), strict=True):
                 torch.testing.assert_close(logits[0], model(torch.tensor([row])).logits[0, -1], atol=2e-5, rtol=0)
 
@@ -159,6 +168,5 @@ def test_a_file_that_shrinks_during_a_run_is_an_error_in_the_pass_and_no_hang(sh
         with open(shards[2], "r+b") as file:
             file.truncate(4096)
         with pytest.raises(llm_sepweight.WeightError, match=shards[2].name):
-            for _ in range(3):
-                run.forward.last_logits(*padded([[1, 2]]), 1)
+            run.forward.last_logits(*padded([[1, 2]]), 1)
     assert threading.active_count() == threads

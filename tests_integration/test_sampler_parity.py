@@ -20,7 +20,7 @@ def ours(logits: Tensor, ids: Tensor, prompt: int, **options: float) -> Tensor:
     """The logits over the vocabulary after the stages, in Hugging Face's order."""
     rows = len(logits)
     settings = {name: [value] * rows for name, value in options.items()}
-    history = History(ids, torch.full((rows,), ids.shape[1]), torch.full((rows,), prompt))
+    history = History(ids, [ids.shape[1]] * rows, [prompt] * rows)
     scores = Scores(logits, None, logits.shape[-1])
     order = [name for name in llm_sampler.HUGGING_FACE_ORDER if name in options]
     for stage in chain(order, settings, range(rows), logits.device):

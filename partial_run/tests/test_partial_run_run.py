@@ -284,7 +284,10 @@ def test_progress_is_told_while_loading_and_in_each_pass(toy):
 
 def test_more_logits_than_the_plan_has_memory_for_are_refused(toy):
     long = torch.zeros(1, 2000, dtype=torch.long)
-    with run_of(toy, "1GiB", context=2000, tokens=10) as run, pytest.raises(ValueError, match="ask for fewer at a time"):
+    with (
+        run_of(toy, "1GiB", context=2000, tokens=10) as run,
+        pytest.raises(ValueError, match="ask for fewer at a time"),
+    ):
         run.forward(long)
 
 

@@ -309,7 +309,7 @@ def bad(row: int, value: float, every: bool = False) -> object:
     ],
 )
 @pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 3, "top_p": 0.5}])
-def test_logits_that_cannot_be_sampled_name_row_and_step(forward, message: str, options: dict) -> None:
+def test_logits_that_cannot_be_sampled_name_row_and_step(forward, message: str, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=message):
         list(sample(forward, [[1, 1], [2, 2]], max_new_tokens=3, **options))
 
@@ -318,9 +318,9 @@ def test_no_token_left_within_vocab_size_names_row_and_step() -> None:
     def forward(ids):
         return torch.tensor([-math.inf, -math.inf, 0.0]).expand(*ids.shape, 3)
 
-    for options in ({}, {"temperature": 0}):
+    for temperature in (1, 0):
         with pytest.raises(ValueError, match="row 0, step 0: no token is left"):
-            list(sample(forward, [[0]], max_new_tokens=1, vocab_size=2, **options))
+            list(sample(forward, [[0]], max_new_tokens=1, vocab_size=2, temperature=temperature))
 
 
 def test_all_public_names_are_there() -> None:

@@ -21,7 +21,7 @@ INF = math.inf
 def apply(name: str, logits: Tensor, values: list, history: History | None = None) -> Tensor:
     """The logits over the whole vocabulary after one stage."""
     rows = len(logits)
-    empty = History(torch.zeros(rows, 1, dtype=torch.long), torch.ones(rows).long(), torch.ones(rows).long())
+    empty = History(torch.zeros(rows, 1, dtype=torch.long), [1] * rows, [1] * rows)
     out = STAGES[name].build(values, CPU)(Scores(logits, None, logits.shape[-1]), history or empty)
     assert out.ids is None or bool((out.ids.diff(dim=-1) >= 0).all()), "candidates stay in the order of their ids"
     return out.widened().values
@@ -81,20 +81,20 @@ def test_temperature_zero_beside_another_row_leaves_that_row_alone() -> None:
 
 
 def test_repetition_penalty_counts_each_token_once_and_padding_never() -> None:
-    history = History(torch.tensor([[1, 1, 2], [1, 0, 0]]), torch.tensor([3, 1]), torch.tensor([1, 1]))
+    history = History(torch.tensor([[1, 1, 2], [1, 0, 0]]), [3, 1], [1, 1])
     logits = torch.tensor([[4.0, 4.0, -4.0, 4.0]] * 2)
     assert apply("repetition_penalty", logits, [2.0, 2.0], history).tolist() == [[4, 2, -8, 4], [4, 2, -4, 4]]
 
 
 def test_presence_and_frequency_count_generated_tokens_only() -> None:
-    history = History(torch.tensor([[3, 1, 1, 2], [1, 1, 0, 0]]), torch.tensor([4, 2]), torch.tensor([1, 1]))
+    history = History(torch.tensor([[3, 1, 1, 2], [1, 1, 0, 0]]), [4, 2], [1, 1])
     logits = torch.zeros(2, 4)
     assert apply("presence_penalty", logits, [0.5, 0.5], history).tolist() == [[0, -0.5, -0.5, 0], [0, -0.5, 0, 0]]
     assert apply("frequency_penalty", logits, [0.5, 0.5], history).tolist() == [[0, -1, -0.5, 0], [0, -0.5, 0, 0]]
 
 
 def test_penalties_after_a_narrowing_stage_bring_nothing_back() -> None:
-    history = History(torch.tensor([[0, 1]]), torch.tensor([2]), torch.tensor([1]))
+    history = History(torch.tensor([[0, 1]]), [2], [1])
     narrow = STAGES["top_k"].build([1], CPU)(Scores(torch.tensor([[1.0, 2.0, 0.0]]), None, 3), history)
     out = STAGES["frequency_penalty"].build([0.5], CPU)(narrow, history)
     assert out.values.tolist() == [[-INF, 1.5, -INF]]
@@ -145,6 +145,18 @@ def test_block_paths_equal_plain_paths_on_a_large_vocabulary(seed: int, scale: f
             assert set(result.isfinite().nonzero().flatten().tolist()) == naive(name, row, value)
             survivors = result.isfinite()
             assert torch.equal(result[survivors], row[survivors])
+
+
+@pytest.mark.parametrize("size", [20_000, 20_001])
+def test_narrowing_what_was_narrowed_keeps_the_right_ids(size: int) -> None:
+    logits = torch.randn(2, size, generator=torch.Generator().manual_seed(1))
+    logits[:, -1] = 9.0
+    history = History(torch.zeros(2, 1).long(), [1, 1], [1, 1])
+    scores = Scores(logits, None, size)
+    for k in (5001, 70, 3):
+        scores = STAGES["top_k"].build([k, k], CPU)(scores, history)
+    assert scores.ids is not None
+    assert scores.ids.tolist() == logits.topk(3).indices.sort(-1).values.tolist()
 
 
 @pytest.mark.parametrize("name", ["top_k", "top_p", "min_p", "temperature"])

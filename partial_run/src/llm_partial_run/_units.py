@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-SLICE = 16 << 20  # bytes: one read. Larger ones are no faster, and the ring takes several of them from the resident set
+SLICE = 8 << 20  # bytes: one read. Larger ones are no faster, and the ring takes several of them from the resident set
 
 
 @dataclass(frozen=True)

@@ -35,14 +35,14 @@ def draw(scores: Scores, uniforms: list[float]) -> tuple[Tensor, Tensor]:
     values, ids = scores.values, scores.ids
     if values.shape[-1] == 1 and ids is not None:
         return ids[:, 0], (values[:, 0] - values[:, 0]).double()  # 0, or NaN where nothing is left
-    shifted = values.double().sub_(values.amax(-1, keepdim=True))
-    cdf = shifted.exp().cumsum(-1)
+    highest = values.amax(-1, keepdim=True)
+    cdf = values.double().sub_(highest).exp_().cumsum_(-1)  # in place: fresh pages cost more than the sums
     total = cdf[:, -1:].contiguous()
     target = torch.tensor(uniforms, dtype=torch.float64, device=values.device).unsqueeze(-1) * total
     last = torch.searchsorted(cdf, total)  # the last token with mass
     index = torch.minimum(torch.searchsorted(cdf, target, right=True), last).clamp_(max=values.shape[-1] - 1)
     tokens = index if ids is None else ids.gather(-1, index)
-    return tokens.squeeze(-1), (shifted.gather(-1, index) - total.log()).squeeze(-1)
+    return tokens.squeeze(-1), (values.gather(-1, index).double() - highest - total.log()).squeeze(-1)
 
 
 def _mix(x: int) -> int:

@@ -184,7 +184,7 @@ def _steps(
         chosen: list[tuple[int, float, float]] = []
         for part, stages in parts:
             rows = active[part]
-            history = _history(ids[part], lengths[part], [len(prompts[row]) for row in rows], logits.device)
+            history = History(ids[part].to(logits.device), lengths[part], [len(prompts[row]) for row in rows])
             uniforms = [uniform(keys[row], length) for row, length in zip(rows, lengths[part], strict=True)]
             chosen += _choose(logits[part], vocab_size, stages, history, uniforms, rows, number)
         tokens, raw, processed = zip(*chosen, strict=True)
@@ -206,10 +206,6 @@ def _steps(
         number += 1
 
 
-def _history(ids: Tensor, lengths: list[int], prompts: list[int], device: torch.device) -> History:
-    return History(ids.to(device), torch.tensor(lengths, device=device), torch.tensor(prompts, device=device))
-
-
 @torch.no_grad()
 def _choose(
     logits: Tensor,
@@ -224,15 +220,16 @@ def _choose(
     values = logits.float()
     highest = values.amax(-1, keepdim=True)
     norm = (values - highest).exp_().sum(-1, keepdim=True).log_() + highest
-    scores = Scores(values[:, :vocab_size], None, min(values.shape[-1], vocab_size or values.shape[-1]))
+    allowed = values if vocab_size is None else values[:, :vocab_size]
+    scores = Scores(allowed, None, allowed.shape[-1])
     for stage in stages:
         scores = stage(scores, history)
     left = scores.values.amax(-1)
     tokens, processed = draw(scores, uniforms)
-    tokens = tokens.clamp(max=values.shape[-1] - 1)
+    tokens = tokens.clamp(max=values.shape[-1] - 1)  # where nothing was left, which is told below
     raw = (values.gather(-1, tokens.unsqueeze(-1)) - norm).squeeze(-1)
-    table = torch.stack([highest.squeeze(-1).double(), left.double(), tokens.double(), raw.double(), processed])
-    peaks, lefts, chosen, raws, processeds = table.tolist()  # the one transfer from the device
+    table = torch.stack([processed, highest.squeeze(-1), left, tokens, raw])  # float64, as the first
+    processeds, peaks, lefts, chosen, raws = table.tolist()  # the one transfer from the device
     for row, peak, remaining in zip(rows, peaks, lefts, strict=True):
         if not math.isfinite(peak):
             wrong = "all logits are -inf" if peak == -math.inf else f"the logits contain {peak}"

@@ -45,21 +45,22 @@ class Scores:
             index = values.argmax(-1, keepdim=True)
         return Scores(values.gather(-1, index), index if ids is None else ids.gather(-1, index), self.vocabulary)
 
-    def largest(self, k: int) -> Tensor:
-        """The k largest values of each row, in falling order [B, k]; fewer columns where fewer candidates are there."""
+    def largest(self, k: int) -> tuple[Tensor, Scores]:
+        """The k largest values of each row in falling order [B, k], fewer where fewer are left; and all >= the last."""
         scores = self
         if self.values.shape[-1] >= max(_WORTH_BLOCKS, 4 * _BLOCK * k):
             # k blocks have a maximum of at least the k-th largest maximum, so the k-th largest value is no smaller
-            scores = self.at_least(_blocks(self.values).amax(-1).topk(k).values[:, -1:])
-        return scores.values.topk(min(k, scores.values.shape[-1])).values
+            peaks = _blocks(self.values).amax(-1)
+            scores = self.at_least(peaks.topk(k).values[:, -1:], peaks)
+        return scores.values.topk(min(k, scores.values.shape[-1])).values, scores
 
-    def at_least(self, threshold: Tensor) -> Scores:
+    def at_least(self, threshold: Tensor, peaks: Tensor | None = None) -> Scores:
         """Only the candidates with value >= threshold [B, 1]; as few columns as the fullest row needs."""
         values, ids = self.values, self.ids
         threshold = threshold.clamp(min=LOWEST)
         if values.shape[-1] >= _WORTH_BLOCKS:
             blocks = _blocks(values)
-            peaks = blocks.amax(-1)
+            peaks = blocks.amax(-1) if peaks is None else peaks
             count = int((peaks >= threshold).sum(-1).amax())
             if count * _BLOCK * 2 <= values.shape[-1]:
                 chosen = peaks.topk(max(count, 1)).indices.sort(-1).values  # [B, count]
