@@ -12,12 +12,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 MIB = 1 << 20
-WAYS = ((16 * MIB, 2), (16 * MIB, 4), (8 * MIB, 4))  # bytes of one read, reads in flight
-BYTES_PER_SAMPLE = 1 << 30
+WAYS = ((16 * MIB, 2), (16 * MIB, 4), (8 * MIB, 4), (4 * MIB, 3), (4 * MIB, 6))  # bytes of one read, reads in flight
+BYTES_PER_SAMPLE = 1 << 29
 SAMPLES = 3
 
 
@@ -93,10 +94,7 @@ def _open(files: Sequence[Path]) -> tuple[list[int], bool]:
 
 
 def _read(spans: _Spans, nbytes: int, chunk: int, depth: int) -> float:
-    buffers = [mmap.mmap(-1, chunk, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(depth)]
-    for buffer in buffers:
-        buffer.madvise(mmap.MADV_HUGEPAGE)  # reads into small pages are slower
-        buffer.write(bytes(chunk))  # first touch is slow, and no part of reading
+    buffers = [_buffer(chunk) for _ in range(depth)]
     lock, left, got = threading.Lock(), max(depth, nbytes // chunk), [0] * depth
 
     def work(i: int) -> None:
@@ -116,6 +114,15 @@ def _read(spans: _Spans, nbytes: int, chunk: int, depth: int) -> float:
     for thread in threads:
         thread.join()
     return sum(got) / (time.perf_counter() - start)
+
+
+def _buffer(nbytes: int) -> mmap.mmap:
+    """Page-aligned memory, touched before; in huge pages where there are some, since reads into small ones are slower."""
+    buffer = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(AttributeError, OSError):  # neither every system nor every kernel has them
+        buffer.madvise(mmap.MADV_HUGEPAGE)
+    buffer.write(bytes(nbytes))
+    return buffer
 
 
 def _seconds(function: Callable[[], object], repeats: int = 7) -> float:
