@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import random
 import threading
+from typing import Any
 
 import pytest
 import torch
 
 from llm_partial_run import BudgetError, PartialRun, SpilledCaches, plan
 
-BUDGET = dict(rows=3, context=40, tokens=48, runtime=0)  # the model's own memory, without Python and torch
+BUDGET: dict[str, Any] = dict(
+    rows=3, context=40, tokens=48, runtime=0
+)  # the model's own memory, without Python and torch
 
 
 def smallest(toy, **changes):
@@ -151,8 +154,8 @@ def test_device_tier_with_copies_ahead_gives_the_same_bits(toy):
     grown = [[*prompt, 7] for prompt in PROMPTS]
     with run_of(toy, "1GiB") as run:
         expected = [last(run, PROMPTS), last(run, grown)]
-    for device_memory in (150_000, 250_000):
-        with run_of(toy, smallest(toy) + 50_000, device_memory=device_memory) as run:
+    for device_memory in (900_000, 950_000):
+        with run_of(toy, 240_000, device_memory=device_memory) as run:
             assert run.plan.device > 0
             assert run.plan.host > 0
             assert run.plan.streamed > 0
@@ -283,9 +286,9 @@ def test_progress_is_told_while_loading_and_in_each_pass(toy):
 
 
 def test_more_logits_than_the_plan_has_memory_for_are_refused(toy):
-    long = torch.zeros(1, 2000, dtype=torch.long)
+    long = torch.zeros(9, 2000, dtype=torch.long)
     with (
-        run_of(toy, "1GiB", context=2000, tokens=10) as run,
+        run_of(toy, "5MiB", context=2000, tokens=10) as run,
         pytest.raises(ValueError, match="ask for fewer at a time"),
     ):
         run.forward(long)
@@ -298,3 +301,68 @@ def test_a_row_that_starts_beside_one_that_fills_its_context_is_no_prefill_from_
         logits = last(run, [[*PROMPTS[0], 8], full])
     torch.testing.assert_close(logits[0, 0], toy.resident_logits([*PROMPTS[0], 8])[-1], atol=2e-5, rtol=0)
     torch.testing.assert_close(logits[1, 0], toy.resident_logits(full)[-1], atol=2e-5, rtol=0)
+
+
+def test_a_row_that_idles_between_others_keeps_its_caches_on_disk(toy, tmp_path):
+    a, b, c = [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]
+    with run_of(toy, smallest(toy), spill=tmp_path) as run:
+        last(run, [a, b, c])
+        last(run, [[*b, 1]])
+        last(run, [[20, 21], [22, 23]])  # in the rows around that of b
+        logits = last(run, [[*b, 1, 2]])
+        assert run.plan.spilled
+    torch.testing.assert_close(logits[0, 0], toy.resident_logits([*b, 1, 2])[-1], atol=2e-5, rtol=0)
+
+
+def test_caches_do_not_go_to_a_file_system_that_is_memory(toy):
+    with run_of(toy, smallest(toy), spill="/dev/shm") as run, pytest.raises(ValueError, match="is memory, not disk"):
+        last(run, PROMPTS)
+
+
+def test_a_layer_with_one_large_and_many_small_matrices_is_held_whole(toy, monkeypatch):
+    from llm_partial_run import _units
+
+    monkeypatch.setattr(_units, "SLICE", 1024)  # 12 slices for qkv and 4 for out
+    with run_of(toy, smallest(toy, micro_batch=5), micro_batch=5) as run:
+        for prompt, logits in zip(PROMPTS, last(run, PROMPTS), strict=True):
+            torch.testing.assert_close(logits[0], toy.resident_logits(prompt)[-1], atol=2e-5, rtol=0)
+
+
+def test_modules_serve_again_in_another_run_and_a_closed_run_says_so(toy):
+    parts = toy.parts()
+    results = []
+    for _ in range(2):
+        with PartialRun(parts, toy.store, memory="1GiB", **BUDGET) as run:
+            results.append(last(run, PROMPTS))
+        assert all(parameter.is_meta for part in parts.values() for parameter in part.parameters())
+    assert torch.equal(*results)
+    with pytest.raises(RuntimeError, match="this run is closed"):
+        last(run, PROMPTS)
+
+
+def test_a_draft_tree_sees_by_its_mask(toy):
+    prompt, drafts = PROMPTS[0], [7, 8, 9]  # three continuations of one prompt, in one pass
+    with run_of(toy, smallest(toy)) as run:
+        caches = run.new_caches(1, 16)
+        run(torch.tensor([prompt]), None, caches)
+        mask = torch.zeros(1, 3, 10, dtype=torch.bool)
+        mask[:, :, :7] = True
+        mask[0, range(3), range(7, 10)] = True
+        logits = run(torch.tensor([drafts]), torch.full((1, 3), 7), caches, slots=torch.arange(7, 10)[None], mask=mask)
+    for draft, row in zip(drafts, logits[0], strict=True):
+        torch.testing.assert_close(row, toy.resident_logits([*prompt, draft])[-1], atol=2e-5, rtol=0)
+
+
+def test_a_device_converts_what_it_gets_from_pinned_memory(toy):
+    changes: dict[str, Any] = dict(dtype=torch.float64)
+    with run_of(toy, "1GiB", **changes) as run:
+        expected = last(run, PROMPTS)
+    with run_of(toy, "2MiB", device_memory=1_900_000, **changes) as run:
+        assert run.plan.host > 0
+        assert run.plan.device > 0
+        assert torch.equal(last(run, PROMPTS), expected)
+
+
+def test_a_long_row_without_a_cache_is_refused(toy):
+    with run_of(toy, "1GiB", micro_batch=5) as run, pytest.raises(ValueError, match="give caches"):
+        run(torch.zeros(1, 6, dtype=torch.long))

@@ -6,6 +6,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class SpilledCaches:
         for part, other in layers.items():
             if [t.shape for t in other.new_cache(rows, slots, dtype=dtype, device="meta")] != [t.shape for t in like]:  # pyright: ignore
                 raise ValueError(f"{part} has caches of another shape than the first layer: they cannot go to disk")
+        self._spare = slots - 1  # where padding is written; nobody sees it
         self._slot_nbytes = [t[0, 0].nbytes for t in like]
         self._strides = [-(-slots * nbytes // PAGE) * PAGE for nbytes in self._slot_nbytes]  # bytes from row to row
         self._starts = [rows * sum(self._strides[:i]) for i in range(len(like))]
@@ -57,9 +59,16 @@ class SpilledCaches:
 
     def write(self, part: str, rows: range, slots: Tensor) -> None:
         """Write the slots that the layer has just filled in `rows`: slots [B, T]; those above are stale."""
-        for start, nbytes in self._pieces(rows, int(slots.min()), int(slots.max()) + 1):
-            done = os.pwritev(self._file, [memoryview(self._buffer)[start : start + nbytes]], self._at(part) + start)
-            if done != nbytes:
+        for row, written in zip(rows, slots.tolist(), strict=True):
+            kept = [slot for slot in written if slot < self._spare]
+            if not kept:  # an idle row: what the buffer has there is not its own
+                continue
+            for start, nbytes in self._pieces(range(row, row + 1), min(kept), max(kept) + 1):
+                done = os.pwritev(
+                    self._file, [memoryview(self._buffer)[start : start + nbytes]], self._at(part) + start
+                )
+                if done == nbytes:
+                    continue
                 raise OSError(
                     f"{part}: {done} of {nbytes} bytes of its keys and values could be written: is the disk full?"
                 )
@@ -99,8 +108,22 @@ class SpilledCaches:
         return pieces
 
 
+def _in_memory(directory: Any) -> bool:
+    """Whether the directory is on a file system that is itself memory."""
+    mounts = Path("/proc/mounts").read_text().splitlines() if os.path.exists("/proc/mounts") else []
+    kinds = {mount: kind for _, mount, kind, *_ in map(str.split, mounts)}
+    place = Path(directory).resolve()
+    while str(place) not in kinds and place != place.parent:
+        place = place.parent
+    return kinds.get(str(place)) in ("tmpfs", "ramfs")
+
+
 def _unlinked(directory: Any, nbytes: int) -> int:
     """A file descriptor for `nbytes` of disk that go when it is closed, past the page cache where that can be."""
+    if _in_memory(directory):
+        raise ValueError(
+            f"{directory} is memory, not disk: give spill= a directory on a disk, or a smaller rows= or context="
+        )
     number, path = tempfile.mkstemp(prefix="llm_partial_run-caches-", dir=directory)
     os.close(number)
     try:

@@ -46,10 +46,11 @@ class Forward:
         """
         self._run.check_ids(input_ids)
         nbytes = len(input_ids) * n * self._run.vocab_size * self._run.plan.dtype.itemsize
-        if n > 1 and nbytes > self._run.plan.activations:
+        room = self._run.plan.memory - self._run.plan.used + self._run.plan.activations
+        if n > 1 and nbytes > room:
             raise ValueError(
-                f"logits of {len(input_ids)} x {n} positions are {format_bytes(nbytes)}, more than all the "
-                f"{format_bytes(self._run.plan.activations)} planned for activations: ask for fewer at a time"
+                f"logits of {len(input_ids)} x {n} positions are {format_bytes(nbytes)}, more than the "
+                f"{format_bytes(room)} that the plan leaves: ask for fewer at a time"
             )
         prompts = [row[:length] for row, length in zip(input_ids.tolist(), lengths.tolist(), strict=True)]
         for i, prompt in enumerate(prompts):

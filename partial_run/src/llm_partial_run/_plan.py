@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from ._memory import format_bytes
 from ._units import Model, Unit
 
-READERS = 3  # reads in flight
+READERS = 2  # reads in flight: more bring no more, and each takes a slot
 AHEAD = READERS + 1  # slots of the ring: those being read, and the one being computed
 MICRO_BATCH = 128  # tokens that go through a layer at once: enough for matrix kernels, little beside the weights
 
@@ -130,17 +131,25 @@ def decide(
     tokens = max(min(tokens or micro_batch, rows * context), rows)
     micro_batch = min(tokens, micro_batch)
     slot = max((unit.nbytes for unit in model.units), default=0) + 2 * 4096  # reads begin and end at page bounds
-    hold = max(model.part_nbytes.values(), default=0) if tokens > micro_batch else 0
-    slots = min(AHEAD + -(-hold // max(1, slot - 2 * 4096)), len(model.units))
+    hold = max(Counter(unit.part for unit in model.units).values(), default=0) if tokens > micro_batch else 0
+    slots = min(AHEAD + hold, len(model.units))  # a slot holds one unit, however small
     convert = 2 * max((unit.kept_nbytes for unit in model.units), default=0) if model.converted else 0
-    ring = slots * slot + convert + transient
+    ring = slots * slot + convert
     activations = _activations(model, rows, context, tokens, micro_batch)
     everything = sum(unit.kept_nbytes for unit in model.units)
+    if device_memory:
+        beside = slots * slot + model.kept_nbytes + cache_nbytes + activations  # what it holds besides slices
+        if beside > device_memory:
+            raise ValueError(
+                f"device_memory={format_bytes(device_memory)} is too small: {format_bytes(beside)} are needed beside the weights, "
+                f"{format_bytes(cache_nbytes)} of them for caches of {rows} rows of {context} tokens"
+            )
+        device_memory_left, cache_nbytes, cache_part_nbytes = device_memory - beside, 0, 0
     spill_buffers = cache_part_nbytes
-    on_device = _spread(model.units, device_memory - slots * slot) if device_memory else frozenset()
+    on_device = _spread(model.units, device_memory_left) if device_memory else frozenset()
     left = [unit for unit in model.units if unit not in on_device]
 
-    floor = runtime + model.kept_nbytes + activations + min(ring, everything)
+    floor = runtime + model.kept_nbytes + activations + transient + min(ring, everything)
     smallest = floor + min(cache_nbytes, spill_buffers)
     if slack:
         smallest = -(-(smallest + slack) // 2**20) * 2**20
@@ -163,7 +172,7 @@ def decide(
         runtime=runtime,
         kept=model.kept_nbytes,
         resident=0 if device_memory else host,
-        ring=ring if streamed else 0,
+        ring=(ring if streamed else 0) + transient,
         caches=caches,
         spilled=cache_nbytes if spill else 0,
         activations=activations,

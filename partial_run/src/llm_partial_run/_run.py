@@ -21,9 +21,11 @@ from ._memory import available, measured_runtime, parse_bytes
 from ._plan import Plan, decide
 from ._stores import as_store, read_rate
 from ._units import survey
-from ._weights import Progress, Weights, put
+from ._weights import Progress, Weights, bound
 
 DEFAULT_SHARE = 0.9  # of what is free, where no `memory` is given
+SPILL = "/var/tmp"  # on a disk, where /tmp is often memory
+INDEX = 400  # bytes for each token whose prefix is known
 MARGIN = 32 << 20  # what no formula counts: heap, page tables, the kernels' scratch memory
 SLACK = 8 << 20  # between the runtimes of two processes that do the same
 
@@ -70,6 +72,10 @@ def plan(
     if device_memory is None and device.type == "cuda":
         device_memory = int(torch.cuda.mem_get_info(device)[0] * DEFAULT_SHARE)
     allowed = int(available() * DEFAULT_SHARE) if memory is None else parse_bytes(memory)
+    if runtime is None:
+        counted = measured_runtime(allowed, model.dtype) + MARGIN + allowed // 512 + rows * context * INDEX
+    else:
+        counted = parse_bytes(runtime)
     per_layer = [
         sum(t.nbytes for t in module.new_cache(rows, context + 1, dtype=model.dtype, device="meta"))  # pyright: ignore
         for module in parts.values()
@@ -78,9 +84,7 @@ def plan(
     decided = decide(
         model,
         memory=allowed,
-        runtime=measured_runtime(allowed, model.dtype) + MARGIN + allowed // 512
-        if runtime is None
-        else parse_bytes(runtime),
+        runtime=counted,
         slack=SLACK if runtime is None else 0,
         rows=rows,
         context=context,
@@ -107,7 +111,7 @@ class PartialRun:
     :param dtype: to compute in. Default: the one stored.
     :param device: where to compute. With "cuda" weights stay in `device_memory` first, then in pinned host memory.
     :param runtime: bytes to count for Python and torch. Default: measured; 0 lets `memory` count the model alone.
-    :param spill: directory for the caches that do not fit in memory. Default: the system's directory for such files.
+    :param spill: directory, on a disk, for the caches that do not fit in memory. Default: /var/tmp.
     :param progress: called with ("loading", bytes, of bytes) and, in each pass, with ("pass", parts, of parts).
     :raises BudgetError: before anything is loaded, where `memory` is too small.
 
@@ -141,9 +145,10 @@ class PartialRun:
         )  # fmt: skip
         self._model = survey(parts, self._store, dtype)
         self._progress = progress
-        self._spill = spill or tempfile.gettempdir()
+        self._spill = spill or (SPILL if os.path.isdir(SPILL) else tempfile.gettempdir())
         self._lock = threading.RLock()
         self._forward: Forward | None = None
+        self._closed = False
         self._opened = ExitStack()
         self._weights = Weights(self.parts, self._store, self._model, self.plan, self.device, progress)
         self._opened.callback(self._weights.close)
@@ -186,6 +191,7 @@ class PartialRun:
 
         `before_end` picks what of the hidden states goes into the end; where it gives None, the end is left out.
         """
+        self._check_open()
         rows, length = x.shape[:2]
         if rows * length > self.plan.tokens:
             raise ValueError(
@@ -194,7 +200,14 @@ class PartialRun:
             )
         if "begin" in self.parts:
             self.check_ids(x)
-        if caches is not None:
+        if length > self.plan.micro_batch and (caches is None or mask is not None):
+            raise ValueError(
+                f"a row of {length} tokens without a cache, or with a mask, goes through a layer at once, and {self.plan.micro_batch} "
+                "are planned for: give caches (new_caches), or PartialRun a larger micro_batch="
+            )
+        if mask is not None:
+            kv_len = mask.shape[-1]
+        elif caches is not None:
             kv_len = _bound(positions, kv_len)
         with self._lock, torch.inference_mode():
             start = time.perf_counter()
@@ -225,6 +238,7 @@ class PartialRun:
         """The whole model as a `forward_func` with its prefix cache: ids in, logits out."""
         if not ({"begin", "end"} <= self.parts.keys()):
             raise ValueError(f"forward needs a whole model; the parts are {list(self.parts)}. Call the run itself")
+        self._check_open()
         if self._forward is None:
             self._forward = Forward(self)
         return self._forward
@@ -253,6 +267,7 @@ class PartialRun:
 
     def close(self) -> None:
         """End the threads, close the files and give the memory back. A second time it does nothing."""
+        self._closed = True
         self._opened.close()
         self._forward = None
 
@@ -324,11 +339,12 @@ class PartialRun:
     def _begin(self, module: nn.Module, input_ids: Tensor, positions: Tensor) -> Tensor:
         """The begin with a matrix of only the rows that are looked up."""
         ids, within = input_ids.unique(return_inverse=True)
-        for name in module.gathered:  # pyright: ignore
-            rows = self._store.rows("begin", name, ids.cpu())
-            self.stats.bytes_read += rows.nbytes
-            put(module, name, rows.to(self.device, self.plan.dtype))
-        return self._timed(module, within.view_as(input_ids), positions)
+        with ExitStack() as stack:
+            for name in module.gathered:  # pyright: ignore
+                rows = self._store.rows("begin", name, ids.cpu())
+                self.stats.bytes_read += rows.nbytes
+                stack.enter_context(bound(module, name, rows.to(self.device, self.plan.dtype)))
+            return self._timed(module, within.view_as(input_ids), positions)
 
     def _end(self, module: nn.Module, x: Tensor) -> Tensor:
         batches = x.reshape(1, -1, x.shape[-1]).split(self.plan.micro_batch, dim=1)  # positions are all alike to it
@@ -337,6 +353,10 @@ class PartialRun:
         outputs = [self._timed(module, batch) for batch in batches]
         self._weights.let_go()
         return torch.cat(outputs, dim=1).view(*x.shape[:2], -1)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this run is closed: use it within its `with` block")
 
     def check_ids(self, input_ids: Tensor) -> None:
         if input_ids.dim() != 2 or input_ids.is_floating_point() or not input_ids.numel():

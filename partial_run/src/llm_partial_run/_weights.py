@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -95,7 +95,7 @@ class Weights:
             info = self._store.tensors(part)[name]
             tensor = self._store.read(part, name, 0, info.shape[0], page_aligned(info.nbytes + 2 * 4096))
             dtype = self._plan.dtype if tensor.is_floating_point() else tensor.dtype
-            put(self._parts[part], name, tensor.to(self._device, dtype, copy=True))
+            self._opened.enter_context(bound(self._parts[part], name, tensor.to(self._device, dtype, copy=True)))
 
         wanted = self._plan.resident_units | self._plan.device_units
         loading = [unit for unit in self._model.units if unit in wanted]
@@ -115,7 +115,9 @@ class Weights:
         """A slice that stays: at the same place in its page as when it is streamed, so that it gives the same bits."""
         on_device = unit in self._plan.device_units
         tensor = self._read(unit, slot_for(unit, pinned=self._pinned and not on_device))
-        return tensor.to(self._device, self._plan.dtype, copy=True) if on_device else tensor.to(self._plan.dtype)
+        if on_device:
+            return tensor.to(self._device, self._plan.dtype, copy=True)
+        return tensor if self._plan.device_memory else tensor.to(self._plan.dtype)  # pinned ones convert on the device
 
     def _start(self) -> None:
         plan = self._plan
@@ -177,8 +179,8 @@ class Weights:
             self._release()
             return output
         if unit not in self._held:
-            self._held[unit] = self._take(unit)
-        return F.linear(x, self._held[unit], bias)
+            self._held[unit] = self._stream.take(unit)  # pyright: ignore[reportOptionalMemberAccess]
+        return F.linear(x, self._held[unit].to(self._plan.dtype), bias)
 
     def _take(self, unit: Unit) -> Tensor:
         return self._stream.take(unit).to(self._plan.dtype)  # pyright: ignore[reportOptionalMemberAccess]
@@ -188,8 +190,14 @@ class Weights:
         self._stream.release(until)  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def put(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Bind a tensor as a parameter or buffer, at no cost: neither setattr nor load_state_dict."""
+@contextmanager
+def bound(module: nn.Module, name: str, tensor: Tensor) -> Iterator[None]:
+    """The tensor as a parameter or buffer meanwhile; at no cost, unlike setattr or load_state_dict."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
-    (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = tensor  # pyright: ignore
+    names: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
+    before, names[leaf] = names[leaf], tensor
+    try:
+        yield
+    finally:
+        names[leaf] = before

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, AssertionError) as error:  # the last: torch without CUDA
         print(f"llm-partial-run: {error}", file=sys.stderr)
         return 2
 
@@ -88,7 +88,11 @@ def _parser() -> argparse.ArgumentParser:
 def _plan(arguments: argparse.Namespace) -> int:
     with Opened(arguments.model_dir) as (family, weights):
         config = family.Config.from_hf(weights.config)
-        decided = plan(family.parts(config), weights, **_budget(arguments, arguments.context or 2048))
+        decided = plan(
+            family.parts(config),
+            weights,
+            **_budget(arguments, 2048 if arguments.context is None else arguments.context),
+        )
     print(json.dumps(decided.as_dict()) if arguments.json else decided)
     return 0
 
@@ -100,7 +104,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     prompt = tokenizer.encode(text).ids
     if not prompt:
         raise ValueError("the prompt is empty: give --prompt at least one token")
-    context = arguments.context or len(prompt) + arguments.max_new_tokens
+    context = len(prompt) + arguments.max_new_tokens if arguments.context is None else arguments.context
     if context < len(prompt) + arguments.max_new_tokens:
         raise ValueError(
             f"--context {context} is less than the prompt's {len(prompt)} tokens and --max-new-tokens "
@@ -219,7 +223,10 @@ def _tokenizer(model_dir: Path) -> Any:
 def _stop_ids(model_dir: Path, config: Any) -> tuple[int, ...]:
     """The end-of-text ids: generation_config.json's, which chat models extend, and the config's."""
     path = model_dir / "generation_config.json"
-    listed = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    try:
+        listed = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): download it again, or delete it") from error
     more = [listed] if isinstance(listed, int) else listed or []
     return tuple(dict.fromkeys([*more, *config.eos_ids]))
 
