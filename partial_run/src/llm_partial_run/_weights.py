@@ -9,10 +9,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._plan import READERS, Plan
+from ._products import product
 from ._stores import page_aligned, slot_for
 from ._stream import Stream
 from ._units import Model, Unit, linears_of
@@ -173,14 +173,14 @@ class Weights:
 
     def _slice(self, unit: Unit, x: Tensor, bias: Tensor | None) -> Tensor:
         if unit in self._local:
-            return F.linear(x, self._kept[unit], bias)
+            return product(x, self._kept[unit], bias)
         if self._held is None:
-            output = F.linear(x, self._take(unit), bias)
+            output = product(x, self._take(unit), bias)
             self._release()
             return output
         if unit not in self._held:
             self._held[unit] = self._stream.take(unit)  # pyright: ignore[reportOptionalMemberAccess]
-        return F.linear(x, self._held[unit].to(self._plan.dtype), bias)
+        return product(x, self._held[unit].to(self._plan.dtype), bias)
 
     def _take(self, unit: Unit) -> Tensor:
         return self._stream.take(unit).to(self._plan.dtype)  # pyright: ignore[reportOptionalMemberAccess]

@@ -1,0 +1,55 @@
+"""One row times a weight: the kernel differs, the numbers and the process's settings do not."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from llm_partial_run._products import product
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 1, 96), (96,), (1, 3, 96)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_product_is_as_exact_as_torchs(dtype: torch.dtype, shape: tuple[int, ...], with_bias: bool):
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape, dtype=dtype), torch.randn(200, 96, dtype=dtype)
+    bias = torch.randn(200, dtype=dtype) if with_bias else None
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+
+    ours, theirs = product(x, weight, bias), F.linear(x, weight, bias)
+
+    assert ours.shape == theirs.shape
+    assert ours.dtype == dtype
+    assert (ours - exact).abs().mean() <= 1.01 * (theirs - exact).abs().mean()
+
+
+def test_one_row_in_bf16_does_not_go_to_onednn(monkeypatch: pytest.MonkeyPatch):
+    seen: list[bool] = []
+    real = F.linear
+    monkeypatch.setattr(F, "linear", lambda *args: seen.append(torch.backends.mkldnn.enabled) or real(*args))
+    weight = torch.ones(4, 8, dtype=torch.bfloat16)
+
+    product(torch.ones(1, 8, dtype=torch.bfloat16), weight, None)
+    product(torch.ones(2, 8, dtype=torch.bfloat16), weight, None)
+    product(torch.ones(1, 8), weight.float(), None)
+
+    assert seen == [False, True, True]
+
+
+def test_onednn_is_on_again_after_an_error():
+    with pytest.raises(RuntimeError, match="shape"):
+        product(torch.ones(1, 7, dtype=torch.bfloat16), torch.ones(4, 8, dtype=torch.bfloat16), None)
+    assert torch.backends.mkldnn.enabled
+
+
+def test_onednn_is_on_again_when_many_threads_have_multiplied():
+    weight, x = torch.ones(64, 64, dtype=torch.bfloat16), torch.ones(1, 64, dtype=torch.bfloat16)
+    threads = [threading.Thread(target=lambda: [product(x, weight, None) for _ in range(300)]) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.backends.mkldnn.enabled
