@@ -305,7 +305,9 @@ def test_a_row_that_starts_beside_one_that_fills_its_context_is_no_prefill_from_
 
 def test_a_row_that_idles_between_others_keeps_its_caches_on_disk(toy, tmp_path):
     a, b, c = [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]
-    budget: dict[str, Any] = dict(context=16)  # so short that the spare slot, written by padding, shares a page with the rest
+    budget: dict[str, Any] = dict(
+        context=16
+    )  # so short that the spare slot, written by padding, shares a page with the rest
     with run_of(toy, smallest(toy, **budget), spill=tmp_path, **budget) as run:
         last(run, [a, b, c])
         last(run, [[*b, 1]])
@@ -313,6 +315,20 @@ def test_a_row_that_idles_between_others_keeps_its_caches_on_disk(toy, tmp_path)
         logits = last(run, [[*b, 1, 2]])
         assert run.plan.spilled
     torch.testing.assert_close(logits[0, 0], toy.resident_logits([*b, 1, 2])[-1], atol=2e-5, rtol=0)
+
+
+def test_caches_on_a_disk_without_direct_access_give_the_same_bits_and_are_counted(toy, tmp_path, monkeypatch):
+    results, read = [], []
+    for direct in (True, False):
+        if not direct:
+            monkeypatch.delattr(os, "O_DIRECT")
+        with run_of(toy, smallest(toy), spill=tmp_path) as run:
+            last(run, PROMPTS)
+            before = run.stats.bytes_read
+            results.append(last(run, [[*prompt, 7] for prompt in PROMPTS]))
+            read.append(run.stats.bytes_read - before - run.plan.streamed)
+    assert torch.equal(*results)
+    assert read[0] == read[1] > 20 * 3 * 2 * 4096  # layers, rows, keys and values, a page at least
 
 
 def test_caches_do_not_go_to_a_file_system_that_is_memory(toy):

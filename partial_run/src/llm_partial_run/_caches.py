@@ -44,7 +44,8 @@ class SpilledCaches:
             .unflatten(1, t.shape[1:])
             for t, start, stride, nbytes in zip(like, self._starts, self._strides, self._slot_nbytes, strict=True)
         )  # each [rows, slots, ...]
-        self._file = _unlinked(directory, self._layer_nbytes * len(layers))
+        self.bytes_read = 0
+        self._file, self._direct = _unlinked(directory, self._layer_nbytes * len(layers))
 
     def read(self, part: str, rows: range, kv_len: int, *, fresh: bool) -> tuple[Tensor, ...]:
         """The caches of a layer, with the slots up to `kv_len` of `rows`; nothing is read where the prefill is `fresh`."""
@@ -55,6 +56,8 @@ class SpilledCaches:
                     raise OSError(
                         f"{part}: {done} of {nbytes} bytes of its keys and values could be read back from disk"
                     )
+                self.bytes_read += nbytes
+            self._drop(part)
         return self._tensors
 
     def write(self, part: str, rows: range, slots: Tensor) -> None:
@@ -72,6 +75,7 @@ class SpilledCaches:
                 raise OSError(
                     f"{part}: {done} of {nbytes} bytes of its keys and values could be written: is the disk full?"
                 )
+        self._drop(part)
 
     def zero(self, row: int) -> None:
         """Clear a row in all layers."""
@@ -96,6 +100,12 @@ class SpilledCaches:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _drop(self, part: str) -> None:
+        """Where there is no direct access: let go of the layer's pages in the page cache, which would count as memory."""
+        if not self._direct:
+            os.fdatasync(self._file)
+            os.posix_fadvise(self._file, self._at(part), self._layer_nbytes, os.POSIX_FADV_DONTNEED)
+
     def _at(self, part: str) -> int:
         return self._index[part] * self._layer_nbytes
 
@@ -118,8 +128,8 @@ def _in_memory(directory: Any) -> bool:
     return kinds.get(str(place)) in ("tmpfs", "ramfs")
 
 
-def _unlinked(directory: Any, nbytes: int) -> int:
-    """A file descriptor for `nbytes` of disk that go when it is closed, past the page cache where that can be."""
+def _unlinked(directory: Any, nbytes: int) -> tuple[int, bool]:
+    """A file descriptor for `nbytes` of disk that go when it is closed, and whether it goes past the page cache."""
     if _in_memory(directory):
         raise ValueError(
             f"{directory} is memory, not disk: give spill= a directory on a disk, or a smaller rows= or context="
@@ -128,9 +138,9 @@ def _unlinked(directory: Any, nbytes: int) -> int:
     os.close(number)
     try:
         try:
-            file = os.open(path, os.O_RDWR | getattr(os, "O_DIRECT", 0))
-        except OSError:  # a file system without direct access
-            file = os.open(path, os.O_RDWR)
+            file, direct = os.open(path, os.O_RDWR | os.O_DIRECT), True
+        except (AttributeError, OSError):  # a system, or a file system, without direct access
+            file, direct = os.open(path, os.O_RDWR), False
         try:
             os.posix_fallocate(file, 0, nbytes)
         except OSError as error:
@@ -139,6 +149,6 @@ def _unlinked(directory: Any, nbytes: int) -> int:
                 error.errno, f"no room for {nbytes >> 20} MiB of keys and values in {directory}: give spill=, rows= or "
                 "context= another value"
             ) from error  # fmt: skip
-        return file
+        return file, direct
     finally:
         os.unlink(path)

@@ -119,8 +119,9 @@ def decide(
 
     :param runtime: bytes in use before anything is loaded, and the margin for what no formula counts.
     :param slack: added to the smallest that is named, since another process's runtime differs by a little.
-    :param tokens: tokens that one pass may compute, of the rows * context that there can be; more than fit through a layer at once hold a layer's streamed
-        slices in the ring until all have passed, so that each is read once. Default: `micro_batch`.
+    :param tokens: tokens that one pass may compute, of the rows * context that there can be. More than go through a layer
+        at once hold the layer's streamed slices in the ring until all have passed, so that each is read once. Default:
+        `micro_batch`.
     :param micro_batch: tokens that go through a layer at once.
     :param cache_nbytes: keys and values of all layers, rows and slots; `cache_part_nbytes`: of the largest layer.
         They go to disk where they do not fit beside the rest.
@@ -137,6 +138,7 @@ def decide(
     ring = slots * slot + convert
     activations = _activations(model, rows, context, tokens, micro_batch)
     everything = sum(unit.kept_nbytes for unit in model.units)
+    on_device: frozenset[Unit] = frozenset()
     if device_memory:
         beside = slots * slot + model.kept_nbytes + cache_nbytes + activations  # what it holds besides slices
         if beside > device_memory:
@@ -144,25 +146,24 @@ def decide(
                 f"device_memory={format_bytes(device_memory)} is too small: {format_bytes(beside)} are needed beside the weights, "
                 f"{format_bytes(cache_nbytes)} of them for caches of {rows} rows of {context} tokens"
             )
-        device_memory_left, cache_nbytes, cache_part_nbytes = device_memory - beside, 0, 0
-    spill_buffers = cache_part_nbytes
-    on_device = _spread(model.units, device_memory_left) if device_memory else frozenset()
+        on_device = _spread(model.units, device_memory - beside)
+        cache_nbytes = cache_part_nbytes = 0
     left = [unit for unit in model.units if unit not in on_device]
 
     floor = runtime + model.kept_nbytes + activations + transient + min(ring, everything)
-    smallest = floor + min(cache_nbytes, spill_buffers)
+    smallest = floor + min(cache_nbytes, cache_part_nbytes)
     if slack:
         smallest = -(-(smallest + slack) // 2**20) * 2**20
-    if memory < floor + min(cache_nbytes, spill_buffers):
+    if memory < floor + min(cache_nbytes, cache_part_nbytes):
         raise BudgetError(
             f"memory={format_bytes(memory)} is too small: the smallest that works is {_exactly(smallest)} "
             f"({format_bytes(runtime)} runtime, {format_bytes(model.kept_nbytes)} weights that always stay, "
-            f"{format_bytes(min(ring, everything))} buffers, {format_bytes(min(cache_nbytes, spill_buffers))} caches for "
+            f"{format_bytes(min(ring, everything))} buffers, {format_bytes(min(cache_nbytes, cache_part_nbytes))} caches for "
             f"{rows} rows of {context} tokens, {format_bytes(activations)} activations)",
             smallest,
         )
     spill = memory < floor + cache_nbytes
-    caches = spill_buffers if spill else cache_nbytes
+    caches = cache_part_nbytes if spill else cache_nbytes
     free = memory - (floor - min(ring, everything)) - caches
     resident = frozenset(left) if sum(u.kept_nbytes for u in left) <= free else _spread(left, free - ring)
     streamed = [unit for unit in left if unit not in resident]

@@ -36,7 +36,7 @@ class Stats:
 
     passes: int = 0
     tokens: int = 0
-    bytes_read: int = 0  # from disk or another store, in passes; loading what stays is not counted
+    bytes_read: int = 0  # in passes: weights, and keys and values on disk; loading what stays is not counted
     seconds_total: float = 0.0
     seconds_waiting: float = 0.0  # for streamed weights
     seconds_computing: float = 0.0
@@ -300,7 +300,9 @@ class PartialRun:
         rows = range(first_row, first_row + x.shape[0])
         cache = None
         if isinstance(caches, SpilledCaches):
+            before = caches.bytes_read
             cache = caches.read(part, rows, kv_len or 0, fresh=kv_len == x.shape[1])
+            self.stats.bytes_read += caches.bytes_read - before
         elif caches is not None:
             cache = caches[part]
         output = torch.empty_like(x) if len(batches) > 1 else x

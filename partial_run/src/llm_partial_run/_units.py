@@ -44,7 +44,6 @@ class Model:
     vocab_size: int  # logits per position; 0 without an end
     hidden_size: int
     widths: int  # most elements per token that the Linears of one layer give
-    part_nbytes: Mapping[str, int]  # bytes of each part's units
 
 
 def survey(parts: Mapping[str, nn.Module], weights: Any, dtype: torch.dtype | None) -> Model:
@@ -56,7 +55,6 @@ def survey(parts: Mapping[str, nn.Module], weights: Any, dtype: torch.dtype | No
     kept: list[tuple[str, str]] = []
     kept_nbytes = gathered_nbytes = stored_nbytes = vocab_size = hidden_size = widths = 0
     converted = False
-    part_nbytes: dict[str, int] = {}
     for part, module in parts.items():
         stored = weights.tensors(part)
         _check(part, module, stored)
@@ -77,7 +75,6 @@ def survey(parts: Mapping[str, nn.Module], weights: Any, dtype: torch.dtype | No
             elif name in linears:
                 units += _slices(part, name, info.shape[0], info.nbytes, nbytes)
                 hidden_size = hidden_size or info.shape[1]
-                part_nbytes[part] = part_nbytes.get(part, 0) + info.nbytes
                 vocab_size = info.shape[0] if part == "end" else vocab_size
             else:
                 kept.append((part, name))
@@ -86,7 +83,7 @@ def survey(parts: Mapping[str, nn.Module], weights: Any, dtype: torch.dtype | No
         raise ValueError(f"no weights in floating point in the parts {list(parts)}: there is nothing to run")
     return Model(
         tuple(units), tuple(kept), kept_nbytes, gathered_nbytes, stored_nbytes, dtype, converted, vocab_size,
-        hidden_size, widths, part_nbytes,
+        hidden_size, widths,
     )  # fmt: skip
 
 
