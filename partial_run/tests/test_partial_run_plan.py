@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from llm_partial_run import BudgetError
+from llm_partial_run import BudgetError, plan
 from llm_partial_run._plan import decide
 from llm_partial_run._units import Model, Unit
 
@@ -60,6 +62,21 @@ def test_caches_count_and_go_to_disk_only_where_they_do_not_fit():
 
 def test_passes_of_more_tokens_than_a_micro_batch_hold_a_layer_in_the_ring():
     assert decide(MODEL, memory=2000 * MIB, runtime=300 * MIB, tokens=10_000).ring >= 160 * MIB
+
+
+def test_a_large_vocabulary_is_not_held_in_the_ring():
+    head = tuple(Unit("end", "lm_head.weight", j, j + 1, 16 * MIB, 16 * MIB) for j in range(60))
+    sizes = [
+        decide(replace(MODEL, units=units), memory=2000 * MIB, runtime=300 * MIB, tokens=10_000).ring
+        for units in (UNITS, UNITS + head)
+    ]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("name", ["rows", "context", "tokens", "micro_batch"])
+def test_a_count_below_one_is_refused_by_name(toy, name):
+    with pytest.raises(ValueError, match=f"{name}=0 has to be 1 or more"):
+        plan(toy.parts(), toy.store, **{name: 0})
 
 
 def test_device_memory_is_filled_first_then_pinned_memory_then_disk():

@@ -132,8 +132,8 @@ def decide(
     tokens = max(min(tokens or micro_batch, rows * context), rows)
     micro_batch = min(tokens, micro_batch)
     slot = max((unit.nbytes for unit in model.units), default=0) + 2 * 4096  # reads begin and end at page bounds
-    hold = max(Counter(unit.part for unit in model.units).values(), default=0) if tokens > micro_batch else 0
-    slots = min(AHEAD + hold, len(model.units))  # a slot holds one unit, however small
+    held = Counter(unit.part for unit in model.units if unit.part != "end") if tokens > micro_batch else Counter()
+    slots = min(AHEAD + max(held.values(), default=0), len(model.units))  # a slot holds one unit, however small
     convert = 2 * max((unit.kept_nbytes for unit in model.units), default=0) if model.converted else 0
     ring = slots * slot + convert
     activations = _activations(model, rows, context, tokens, micro_batch)

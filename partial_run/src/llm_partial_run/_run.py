@@ -65,8 +65,9 @@ def plan(
 
     :raises BudgetError: where `memory` is too small; its `smallest` is the number of bytes that works.
     """
-    if rows < 1 or context < 1:
-        raise ValueError(f"rows={rows} and context={context} have to be 1 or more")
+    for name, count in (("rows", rows), ("context", context), ("tokens", tokens), ("micro_batch", micro_batch)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name}={count} has to be 1 or more")
     store, device = as_store(weights, parts), torch.device(device)
     model = survey(parts, store, dtype)
     if device_memory is None and device.type == "cuda":
@@ -292,8 +293,8 @@ class PartialRun:
         """One part for all rows: in micro-batches, with its streamed slices held until the last one has passed."""
         if part == "begin":
             return self._begin(module, x, positions)
-        if part == "end":
-            return self._end(module, x)
+        if part == "end":  # all rows at once: their logits are there at once anyway
+            return self._timed(module, x)
         batches = list(self._micro_batches(x, caches is not None and mask is None))
         if len(batches) > 1:
             self._weights.hold()
@@ -347,14 +348,6 @@ class PartialRun:
                 self.stats.bytes_read += rows.nbytes
                 stack.enter_context(bound(module, name, rows.to(self.device, self.plan.dtype)))
             return self._timed(module, within.view_as(input_ids), positions)
-
-    def _end(self, module: nn.Module, x: Tensor) -> Tensor:
-        batches = x.reshape(1, -1, x.shape[-1]).split(self.plan.micro_batch, dim=1)  # positions are all alike to it
-        if len(batches) > 1:
-            self._weights.hold()
-        outputs = [self._timed(module, batch) for batch in batches]
-        self._weights.let_go()
-        return torch.cat(outputs, dim=1).view(*x.shape[:2], -1)
 
     def _check_open(self) -> None:
         if self._closed:
