@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -52,6 +53,48 @@ class Layer(nn.Module):
             seen_at = torch.arange(k.shape[1])[None, None, :]
         visible = seen_at <= positions[:, :, None] if mask is None else mask
         return x + self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=visible))
+
+
+class Expert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(HIDDEN, 2 * HIDDEN)
+        self.down = nn.Linear(2 * HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.up(x)))
+
+
+class Experts(nn.ModuleList):
+    num_experts_per_tok = 2
+
+    def announce(self, chosen: list[int]) -> None:
+        """What this call will use, before the first is called."""
+
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        output = torch.zeros_like(x)
+        chosen = indices.unique().tolist()
+        self.announce(chosen)
+        for i in chosen:
+            token, place = torch.where(indices == i)
+            output.index_add_(0, token, self[i](x[token]) * weights[token, place, None])
+        return output
+
+
+class RoutedLayer(Layer):
+    """Each token goes to two of eight experts after the attention."""
+
+    routed = "experts"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, 8)
+        self.experts = Experts(Expert() for _ in range(8))
+
+    def forward(self, x, positions, cache=None, **kwargs):
+        x = super().forward(x, positions, cache, **kwargs)
+        weights, indices = self.gate(x).softmax(-1).topk(2)
+        return x + self.experts(x.flatten(0, 1), indices.flatten(0, 1), weights.flatten(0, 1)).view_as(x)
 
 
 class End(nn.Module):
@@ -113,12 +156,24 @@ class Toy:
             part: {name: torch.randn(t.shape, generator=generator) * 0.3 for name, t in module.state_dict().items()}
             for part, module in self.parts().items()
         }
-        self.store = FileStore(path, self.weights)
+        self.store = FileStore(path, self.stored())
+
+    def stored(self) -> dict[str, dict[str, Tensor]]:
+        """The weights by the store's parts: an expert is one of its own."""
+        stored: dict[str, dict[str, Tensor]] = {}
+        for part, tensors in self.weights.items():
+            for name, tensor in tensors.items():
+                found = re.fullmatch(r"experts\.(\d+)\.(.*)", name)
+                place = (f"{part}/experts.{int(found[1]):05d}", found[2]) if found else (part, name)
+                stored.setdefault(place[0], {})[place[1]] = tensor
+        return stored
+
+    layer = Layer
 
     def parts(self) -> dict[str, nn.Module]:
         """All parts, on meta."""
         with torch.device("meta"):
-            return {"begin": Begin(), **{f"mid.{i:05d}": Layer() for i in range(LAYERS)}, "end": End()}
+            return {"begin": Begin(), **{f"mid.{i:05d}": self.layer() for i in range(LAYERS)}, "end": End()}
 
     def resident_logits(self, ids: list[int]) -> Tensor:
         """The model as plain modules: logits [T, V] of one row, each layer in full, with no engine."""
@@ -132,5 +187,16 @@ class Toy:
 @pytest.fixture
 def toy(tmp_path: Path):
     model = Toy(tmp_path / "weights")
+    yield model
+    model.store.close()
+
+
+class RoutedToy(Toy):
+    layer = RoutedLayer
+
+
+@pytest.fixture
+def routed_toy(tmp_path: Path):
+    model = RoutedToy(tmp_path / "routed weights")
     yield model
     model.store.close()

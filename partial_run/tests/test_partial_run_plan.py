@@ -14,7 +14,7 @@ from llm_partial_run._units import Model, Unit
 MIB = 1 << 20
 UNITS = tuple(Unit(f"mid.{i:05d}", "weight", j, j + 1, 16 * MIB, 16 * MIB) for i in range(20) for j in range(10))
 MODEL = Model(
-    units=UNITS, kept=(), kept_nbytes=MIB, gathered_nbytes=100 * MIB, stored_nbytes=3301 * MIB, dtype=torch.bfloat16,
+    units=UNITS, experts=(), kept=(), kept_nbytes=MIB, gathered_nbytes=100 * MIB, stored_nbytes=3301 * MIB, dtype=torch.bfloat16,
     converted=False, vocab_size=1000, hidden_size=64, widths=1000,
 )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -31,12 +32,13 @@ class Plan:
     runtime: int  # Python, torch and its kernels, and a margin
     kept: int  # weights that always stay: norms, biases
     resident: int  # slices of matrices that stay
+    experts: int  # slots for slices of routed experts: those used most stay in them
     ring: int  # slots that the streamed slices are read into
     caches: int  # keys and values in memory
     spilled: int  # keys and values on disk, read for each pass
     activations: int
     stored: int  # all weights, as stored
-    streamed: int  # bytes of weights read from disk in each pass
+    streamed: int  # bytes of weights read from disk in each pass; of routed experts what is absent comes to that
     host: int  # with a device: slices in pinned host memory, copied in each pass
     device: int  # with a device: slices that stay there
     device_memory: int
@@ -47,6 +49,8 @@ class Plan:
     micro_batch: int  # tokens that go through a layer at once
     slots: int
     slot_nbytes: int
+    expert_slots: int
+    expert_slot_nbytes: int
     device_slots: int
     dtype: torch.dtype
     read_rate: float | None  # bytes per second, measured
@@ -56,7 +60,8 @@ class Plan:
     @property
     def used(self) -> int:
         """Bytes of host memory that the plan counts on."""
-        return self.runtime + self.kept + self.resident + self.host + self.ring + self.caches + self.activations
+        weights = self.kept + self.resident + self.host + self.ring + self.experts
+        return self.runtime + weights + self.caches + self.activations
 
     @property
     def seconds_per_pass(self) -> float | None:
@@ -87,6 +92,9 @@ class Plan:
             ("caches", self.caches, f"keys and values, {self.rows} rows of {self.context} tokens"),
             ("activations", self.activations, f"{self.tokens} tokens a pass, {self.micro_batch} at once"),
         ]
+        if self.experts:
+            note = f"{self.expert_slots} slots of {format_bytes(self.expert_slot_nbytes)} for those used most"
+            lines.insert(3, ("experts", self.experts, note))
         if self.device_memory:
             lines.append(("weights on device", self.device, f"of {format_bytes(self.device_memory)} device memory"))
             lines.append(("weights pinned", self.host, "in host memory, copied in each pass"))
@@ -122,7 +130,8 @@ def decide(
     :param tokens: tokens that one pass may compute, of the rows * context that there can be. More than go through a layer
         at once hold the layer's streamed slices in the ring until all have passed, so that each is read once. Default:
         `micro_batch`.
-    :param micro_batch: tokens that go through a layer at once.
+    :param micro_batch: tokens that go through a layer at once; with routed experts `tokens`, as another micro-batch would
+        read the experts again.
     :param cache_nbytes: keys and values of all layers, rows and slots; `cache_part_nbytes`: of the largest layer.
         They go to disk where they do not fit beside the rest.
     :param transient: bytes that loading a part takes for a while.
@@ -130,14 +139,17 @@ def decide(
     """
     micro_batch = micro_batch or MICRO_BATCH
     tokens = max(min(tokens or micro_batch, rows * context), rows)
-    micro_batch = min(tokens, micro_batch)
-    slot = max((unit.nbytes for unit in model.units), default=0) + 2 * 4096  # reads begin and end at page bounds
+    micro_batch = tokens if model.experts else min(tokens, micro_batch)
+    slot, expert_slot = _slot(model.units), _slot(model.experts)
     held = Counter(unit.part for unit in model.units if unit.part != "end") if tokens > micro_batch else Counter()
     slots = min(AHEAD + max(held.values(), default=0), len(model.units))  # a slot holds one unit, however small
-    convert = 2 * max((unit.kept_nbytes for unit in model.units), default=0) if model.converted else 0
+    expert_slots = min(AHEAD, len(model.experts))
+    units = model.units + model.experts
+    convert = 2 * max((unit.kept_nbytes for unit in units), default=0) if model.converted else 0
     ring = slots * slot + convert
+    least = ring + expert_slots * expert_slot
     activations = _activations(model, rows, context, tokens, micro_batch)
-    everything = sum(unit.kept_nbytes for unit in model.units)
+    everything = _kept(units)
     on_device: frozenset[Unit] = frozenset()
     if device_memory:
         beside = slots * slot + model.kept_nbytes + cache_nbytes + activations  # what it holds besides slices
@@ -146,11 +158,16 @@ def decide(
                 f"device_memory={format_bytes(device_memory)} is too small: {format_bytes(beside)} are needed beside the weights, "
                 f"{format_bytes(cache_nbytes)} of them for caches of {rows} rows of {context} tokens"
             )
-        on_device = _spread(model.units, device_memory - beside)
+        on_device = _spread(units, device_memory - beside)
+        if not on_device.issuperset(model.experts):
+            raise ValueError(
+                f"device_memory={format_bytes(device_memory)} does not hold all {format_bytes(everything + beside)}: routed "
+                "experts are streamed only where the computing is on the CPU; leave device= out, or give it more memory"
+            )
         cache_nbytes = cache_part_nbytes = 0
-    left = [unit for unit in model.units if unit not in on_device]
+    left = [unit for unit in units if unit not in on_device]
 
-    floor = runtime + model.kept_nbytes + activations + transient + min(ring, everything)
+    floor = runtime + model.kept_nbytes + activations + transient + min(least, everything)
     smallest = floor + min(cache_nbytes, cache_part_nbytes)
     if slack:
         smallest = -(-(smallest + slack) // 2**20) * 2**20
@@ -158,29 +175,38 @@ def decide(
         raise BudgetError(
             f"memory={format_bytes(memory)} is too small: the smallest that works is {_exactly(smallest)} "
             f"({format_bytes(runtime)} runtime, {format_bytes(model.kept_nbytes)} weights that always stay, "
-            f"{format_bytes(min(ring, everything))} buffers, {format_bytes(min(cache_nbytes, cache_part_nbytes))} caches for "
+            f"{format_bytes(min(least, everything))} buffers, {format_bytes(min(cache_nbytes, cache_part_nbytes))} caches for "
             f"{rows} rows of {context} tokens, {format_bytes(activations)} activations)",
             smallest,
         )
     spill = memory < floor + cache_nbytes
     caches = cache_part_nbytes if spill else cache_nbytes
-    free = memory - (floor - min(ring, everything)) - caches
-    resident = frozenset(left) if sum(u.kept_nbytes for u in left) <= free else _spread(left, free - ring)
+    free = memory - (floor - min(least, everything)) - caches
+    if _kept(left) <= free:
+        resident, expert_slots = frozenset(left), 0
+    else:  # experts last: the others are needed in each pass
+        left = [unit for unit in model.units if unit not in on_device]
+        beside = least - ring
+        resident = frozenset(left) if model.experts and _kept(left) <= free - beside else _spread(left, free - least)
     streamed = [unit for unit in left if unit not in resident]
-    host = sum(unit.kept_nbytes for unit in resident)
+    host = _kept(resident)
+    ring = ring if streamed else convert if expert_slots else 0
+    if expert_slots:
+        expert_slots = min(len(model.experts), (free - host - ring) // expert_slot)
     return Plan(
         memory=memory,
         runtime=runtime,
         kept=model.kept_nbytes,
         resident=0 if device_memory else host,
-        ring=(ring if streamed else 0) + transient,
+        experts=expert_slots * expert_slot,
+        ring=ring + transient,
         caches=caches,
         spilled=cache_nbytes if spill else 0,
         activations=activations,
         stored=model.stored_nbytes,
         streamed=sum(unit.nbytes for unit in streamed),
         host=host if device_memory else 0,
-        device=sum(unit.kept_nbytes for unit in on_device),
+        device=_kept(on_device),
         device_memory=device_memory,
         smallest=smallest,
         rows=rows,
@@ -189,12 +215,22 @@ def decide(
         micro_batch=micro_batch,
         slots=slots if streamed else 0,
         slot_nbytes=slot,
+        expert_slots=expert_slots,
+        expert_slot_nbytes=expert_slot,
         device_slots=slots if device_memory and left else 0,
         dtype=model.dtype,
         read_rate=read_rate,
         resident_units=resident,
         device_units=on_device,
     )
+
+
+def _slot(units: Iterable[Unit]) -> int:
+    return max((unit.nbytes for unit in units), default=0) + 2 * 4096  # reads begin and end at page bounds
+
+
+def _kept(units: Iterable[Unit]) -> int:
+    return sum(unit.kept_nbytes for unit in units)
 
 
 def _exactly(size: int) -> str:

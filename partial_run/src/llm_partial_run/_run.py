@@ -96,7 +96,9 @@ def plan(
         transient=getattr(store, "transient_nbytes", 0),
         device_memory=0 if device_memory is None else parse_bytes(device_memory),
     )
-    streamed = [unit for unit in model.units if unit not in decided.resident_units | decided.device_units]
+    streamed = [
+        unit for unit in model.units + model.experts if unit not in decided.resident_units | decided.device_units
+    ]
     return replace(decided, read_rate=read_rate(store, streamed)) if streamed else decided
 
 
@@ -212,7 +214,7 @@ class PartialRun:
             kv_len = _bound(positions, kv_len)
         with self._lock, torch.inference_mode():
             start = time.perf_counter()
-            waited = self._weights.waited
+            waited, experts_read = self._weights.waited, self._weights.expert_bytes_read
             self._weights.rewind()
             x, positions = x.to(self.device), positions.to(self.device)
             for done, (part, module) in enumerate(self.parts.items()):
@@ -229,7 +231,7 @@ class PartialRun:
                 self._progress("pass", len(self.parts), len(self.parts))
             self.stats.passes += 1
             self.stats.tokens += rows * length
-            self.stats.bytes_read += self.plan.streamed
+            self.stats.bytes_read += self.plan.streamed + self._weights.expert_bytes_read - experts_read
             self.stats.seconds_total += time.perf_counter() - start
             self.stats.seconds_waiting += self._weights.waited - waited
         return x

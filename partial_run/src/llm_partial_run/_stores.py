@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ._plan import READERS
-from ._units import Unit
+from ._units import Unit, stored_parts
 
 
 def as_store(weights: Any, parts: Mapping[str, nn.Module]) -> Any:
@@ -81,7 +81,7 @@ class LoadedWhole:
         self._held: dict[str, Mapping[str, Tensor]] = {}
         self._infos = {
             part: {name: _Info(t.dtype, tuple(t.shape), t.nbytes) for name, t in self._part(part).items()}
-            for part in parts
+            for part in stored_parts(parts)
         }
         self._held.clear()
         self.transient_nbytes = self.HELD * max(sum(i.nbytes for i in infos.values()) for infos in self._infos.values())

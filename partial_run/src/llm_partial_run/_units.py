@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 SLICE = 8 << 20  # bytes: one read. Larger ones are no faster, and the ring takes several of them from the resident set
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Unit:
     """Rows `start:stop` of a Linear's weight, at most `SLICE` bytes of them where a row is not more.
 
@@ -35,6 +35,7 @@ class Model:
     """What there is to place: the sliced matrices in the order of a pass, and what always stays."""
 
     units: tuple[Unit, ...]
+    experts: tuple[Unit, ...]  # slices of routed experts, of which a pass needs those that its tokens are sent to
     kept: tuple[tuple[str, str], ...]  # (part, name): norms, biases, all that is no Linear's matrix
     kept_nbytes: int
     gathered_nbytes: int  # matrices of which only single rows are ever read
@@ -52,17 +53,17 @@ def survey(parts: Mapping[str, nn.Module], weights: Any, dtype: torch.dtype | No
     Raises ValueError naming part and tensor where one is missing, or its shape or dtype is not the module's.
     """
     units: list[Unit] = []
+    experts: list[Unit] = []
     kept: list[tuple[str, str]] = []
     kept_nbytes = gathered_nbytes = stored_nbytes = vocab_size = hidden_size = widths = 0
     converted = False
     for part, module in parts.items():
-        stored = weights.tensors(part)
-        _check(part, module, stored)
-        linears = {f"{name}.weight" if name else "weight": m for name, m in linears_of(module).items()}
+        linears = {weight_of(name) for name in linears_of(module)}
         gathered = getattr(module, "gathered", {})
-        widths = max(widths, sum(m.out_features for m in linears.values()) if part.startswith("mid") else 0)
-        for name in module.state_dict():
-            info = stored[name]
+        widths = max(widths, _width(module) if part.startswith("mid") else 0)
+        for name, tensor in module.state_dict().items():
+            place = place_of(part, module, name)
+            info = _checked(weights, place, tensor)
             stored_nbytes += info.nbytes
             if dtype is None and info.dtype.is_floating_point:
                 dtype = info.dtype
@@ -73,7 +74,8 @@ def survey(parts: Mapping[str, nn.Module], weights: Any, dtype: torch.dtype | No
                 gathered_nbytes += info.nbytes
                 hidden_size = info.shape[1]
             elif name in linears:
-                units += _slices(part, name, info.shape[0], info.nbytes, nbytes)
+                into = units if place == (part, name) else experts
+                into += _slices(*place, info.shape[0], info.nbytes, nbytes)
                 hidden_size = hidden_size or info.shape[1]
                 vocab_size = info.shape[0] if part == "end" else vocab_size
             else:
@@ -82,14 +84,50 @@ def survey(parts: Mapping[str, nn.Module], weights: Any, dtype: torch.dtype | No
     if dtype is None:
         raise ValueError(f"no weights in floating point in the parts {list(parts)}: there is nothing to run")
     return Model(
-        tuple(units), tuple(kept), kept_nbytes, gathered_nbytes, stored_nbytes, dtype, converted, vocab_size,
-        hidden_size, widths,
+        tuple(units), tuple(experts), tuple(kept), kept_nbytes, gathered_nbytes, stored_nbytes, dtype, converted,
+        vocab_size, hidden_size, widths,
     )  # fmt: skip
+
+
+def place_of(part: str, module: nn.Module, name: str) -> tuple[str, str]:
+    """Where the store has a tensor of a part's module: (part, name).
+
+    A module with `routed = "experts"` has experts of which each is a part of its own there: what the module calls
+    `experts.5.up_proj.weight` is `up_proj.weight` of "mid.00003/experts.00005".
+    """
+    routed = getattr(module, "routed", None)
+    head, _, rest = name.removeprefix(f"{routed}.").partition(".")
+    if routed is None or not name.startswith(f"{routed}.") or not head.isdigit():
+        return part, name
+    return f"{part}/{routed}.{int(head):05d}", rest
+
+
+def stored_parts(parts: Mapping[str, nn.Module]) -> list[str]:
+    """The parts that the store has for these modules: theirs, and their experts'."""
+    return list(dict.fromkeys(
+        place_of(part, module, name)[0] for part, module in parts.items() for name in module.state_dict()
+    ))  # fmt: skip
 
 
 def linears_of(module: nn.Module) -> dict[str, nn.Linear]:
     """The Linears of a module, by name, in the order in which they are registered."""
     return {name: child for name, child in module.named_modules() if type(child) is nn.Linear}
+
+
+def weight_of(linear: str) -> str:
+    """The name of a Linear's weight in the state dict of the module that it is in, or is."""
+    return f"{linear}.weight" if linear else "weight"
+
+
+def _width(module: nn.Module) -> int:
+    """Elements per token that a layer's Linears give, those of as many experts as a token is sent to."""
+    routed = getattr(module, "routed", None)
+    widths = {name: linear.out_features for name, linear in linears_of(module).items()}
+    if routed is None:
+        return sum(widths.values())
+    experts: Any = module.get_submodule(routed)
+    inside = sum(width for name, width in widths.items() if name.startswith(f"{routed}."))
+    return sum(widths.values()) - inside + inside // len(experts) * experts.num_experts_per_tok
 
 
 def _slices(part: str, name: str, rows: int, nbytes: int, kept_nbytes: int) -> list[Unit]:
@@ -102,19 +140,23 @@ def _slices(part: str, name: str, rows: int, nbytes: int, kept_nbytes: int) -> l
     ]  # fmt: skip
 
 
-def _check(part: str, module: nn.Module, stored: Mapping[str, Any]) -> None:
-    for name, tensor in module.state_dict().items():
-        if name not in stored:
-            raise ValueError(
-                f"{part}: the weights have no {name!r}; they have {sorted(stored)}. Do config and checkpoint belong together?"
-            )
-        if tuple(stored[name].shape) != tuple(tensor.shape):
-            raise ValueError(
-                f"{part}: {name} is {list(stored[name].shape)} in the weights and {list(tensor.shape)} in the model. "
-                "Do config and checkpoint belong together?"
-            )
-        if stored[name].dtype.is_floating_point != tensor.dtype.is_floating_point:
-            raise ValueError(
-                f"{part}: {name} is stored as {stored[name].dtype}, the model computes in floating point: "
-                "quantized weights cannot be run; use the unquantized checkpoint"
-            )
+def _checked(weights: Any, place: tuple[str, str], tensor: Tensor) -> Any:
+    """What the store says of a tensor, which has to be what the module has."""
+    part, name = place
+    stored = weights.tensors(part)
+    if name not in stored:
+        raise ValueError(
+            f"{part}: the weights have no {name!r}; they have {sorted(stored)}. Do config and checkpoint belong together?"
+        )
+    info = stored[name]
+    if tuple(info.shape) != tuple(tensor.shape):
+        raise ValueError(
+            f"{part}: {name} is {list(info.shape)} in the weights and {list(tensor.shape)} in the model. "
+            "Do config and checkpoint belong together?"
+        )
+    if info.dtype.is_floating_point != tensor.dtype.is_floating_point:
+        raise ValueError(
+            f"{part}: {name} is stored as {info.dtype}, the model computes in floating point: "
+            "quantized weights cannot be run; use the unquantized checkpoint"
+        )
+    return info

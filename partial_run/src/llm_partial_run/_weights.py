@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._experts import Experts
 from ._plan import READERS, Plan
 from ._products import product
 from ._stores import page_aligned, slot_for
 from ._stream import Stream
-from ._units import Model, Unit, linears_of
+from ._units import Model, Unit, linears_of, place_of, weight_of
 
 Progress = Callable[[str, int, int], object]  # (what is being done, done, of how many)
+Compute = Callable[[Unit, Tensor, Tensor | None], Tensor]  # (slice, x, its bias) -> its part of the output
 
 
 class Weights:
@@ -43,6 +45,7 @@ class Weights:
         self._held: dict[Unit, Tensor] | None = None
         self._disk: Stream | None = None
         self._stream: Stream | None = None  # what the Linears take from: the disk's, or the device's
+        self._experts: Experts | None = None
         self._opened = ExitStack()
         try:
             self._load(progress)
@@ -55,13 +58,20 @@ class Weights:
     @property
     def waited(self) -> float:
         """Seconds that the computation has waited for slices."""
-        return 0.0 if self._stream is None else self._stream.waited
+        return sum(source.waited for source in (self._stream, self._experts) if source is not None)
+
+    @property
+    def expert_bytes_read(self) -> int:
+        """Bytes of routed experts that were absent when they were wanted."""
+        return 0 if self._experts is None else self._experts.bytes_read
 
     def rewind(self) -> None:
         """Be ready for a pass, also where the last one was left in the middle."""
         self._held = None
         if self._stream is not None:
             self._stream.rewind()
+        if self._experts is not None:
+            self._experts.rewind()
 
     def hold(self) -> None:
         """Keep streamed slices until `let_go`: several micro-batches will use them."""
@@ -84,21 +94,24 @@ class Weights:
         for module in self._parts.values():
             for linear in linears_of(module).values():
                 linear.__dict__.pop("forward", None)
+            if routed := getattr(module, "routed", None):
+                module.get_submodule(routed).__dict__.pop("announce", None)
         self._opened.close()
-        self._disk = self._stream = self._held = None
+        self._disk = self._stream = self._experts = self._held = None
         self._kept.clear()
 
     # Loading
 
     def _load(self, progress: Progress | None) -> None:
         for part, name in self._model.kept:
-            info = self._store.tensors(part)[name]
-            tensor = self._store.read(part, name, 0, info.shape[0], page_aligned(info.nbytes + 2 * 4096))
+            place = place_of(part, self._parts[part], name)
+            info = self._store.tensors(place[0])[place[1]]
+            tensor = self._store.read(*place, 0, info.shape[0], page_aligned(info.nbytes + 2 * 4096))
             dtype = self._plan.dtype if tensor.is_floating_point() else tensor.dtype
             self._opened.enter_context(bound(self._parts[part], name, tensor.to(self._device, dtype, copy=True)))
 
         wanted = self._plan.resident_units | self._plan.device_units
-        loading = [unit for unit in self._model.units if unit in wanted]
+        loading = [unit for unit in self._model.units + self._model.experts if unit in wanted]
         total, done = sum(unit.nbytes for unit in loading), 0
         with ThreadPoolExecutor(READERS, "llm_partial_run loader") as pool:
             try:
@@ -127,6 +140,10 @@ class Weights:
             slots = [page_aligned(plan.slot_nbytes, pinned=self._pinned) for _ in range(plan.slots)]
             self._disk = self._stream = Stream(from_disk, slots, self._read, threads=READERS)
             self._opened.callback(self._disk.close)
+        if plan.expert_slots:
+            slots = [page_aligned(plan.expert_slot_nbytes) for _ in range(plan.expert_slots)]
+            self._experts = Experts(slots, self._read, threads=READERS)
+            self._opened.callback(self._experts.close)
         if plan.device_memory and off_device:
             slots = [
                 torch.empty(plan.slot_nbytes, dtype=torch.uint8, device=self._device) for _ in range(plan.device_slots)
@@ -155,19 +172,30 @@ class Weights:
 
     def _bind(self) -> None:
         by_matrix: dict[tuple[str, str], list[Unit]] = {}
-        for unit in self._model.units:
+        for unit in self._model.units + self._model.experts:
             by_matrix.setdefault((unit.part, unit.name), []).append(unit)
         for part, module in self._parts.items():
+            experts: dict[str, list[Unit]] = {}
             for name, linear in linears_of(module).items():
-                units = by_matrix[part, f"{name}.weight" if name else "weight"]
-                linear.forward = functools.partial(self._linear, linear, units)
+                place = place_of(part, module, weight_of(name))
+                units = by_matrix[place]
+                if self._experts is not None and place[0] != part:
+                    experts.setdefault(place[0], []).extend(units)
+                    linear.forward = functools.partial(
+                        self._linear, linear, units, functools.partial(_expert_slice, self._experts)
+                    )
+                else:
+                    linear.forward = functools.partial(self._linear, linear, units, self._slice)
+            if experts:
+                announced: Any = module.get_submodule(module.routed)  # pyright: ignore
+                announced.announce = functools.partial(_announce, self._experts, part, list(experts.values()))
 
     # Computing
 
-    def _linear(self, linear: nn.Linear, units: list[Unit], x: Tensor) -> Tensor:
+    def _linear(self, linear: nn.Linear, units: list[Unit], compute: Compute, x: Tensor) -> Tensor:
         bias = linear._parameters["bias"]
         outputs = [
-            self._slice(unit, x, None if bias is None else bias[unit.start : unit.stop]) for unit in units
+            compute(unit, x, None if bias is None else bias[unit.start : unit.stop]) for unit in units
         ]  # each [..., rows of the slice]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
@@ -188,6 +216,16 @@ class Weights:
     def _release(self) -> None:
         until = torch.cuda.current_stream(self._device).record_event() if self._pinned else None
         self._stream.release(until)  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def _announce(experts: Experts, part: str, units: list[list[Unit]], chosen: list[int]) -> None:
+    experts.announce(part, [unit for expert in chosen for unit in units[expert]])
+
+
+def _expert_slice(experts: Experts, unit: Unit, x: Tensor, bias: Tensor | None) -> Tensor:
+    output = product(x, experts.take(unit).to(x.dtype), bias)
+    experts.release(unit)
+    return output
 
 
 @contextmanager
