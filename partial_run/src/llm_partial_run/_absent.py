@@ -1,0 +1,73 @@
+"""What stands in a module for a matrix that is not in memory as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FACTS = {
+    Tensor.dtype.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+    Tensor.device.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+    Tensor.shape.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+    Tensor.ndim.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+    Tensor.is_meta.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+    Tensor.is_cuda.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+    Tensor.layout.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+    Tensor.grad.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+    Tensor.requires_grad.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+    Tensor.nbytes.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.nelement,
+    Tensor.element_size,
+    Tensor.is_floating_point,
+    Tensor.is_complex,
+    Tensor.__hash__,
+    Tensor.__len__,
+}
+
+Rows = Callable[[Tensor], Tensor]  # row numbers [n] -> those rows of the matrix [n, ...]
+
+
+class Absent(torch.Tensor):
+    """Has the dtype, device and shape of a matrix, and no memory. Only what knows where its values are computes with it.
+
+    Looking up rows (nn.Embedding, and whatever else calls F.embedding) reads those rows.
+    """
+
+    _name: str
+    _rows: Rows | None
+
+    @classmethod
+    def like(cls, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device, rows: Rows | None) -> Absent:
+        one = torch.zeros((), dtype=dtype, device=device)
+        absent = torch.Tensor._make_subclass(cls, one.expand(shape))
+        absent._name, absent._rows = name, rows
+        return absent
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in FACTS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func is F.embedding:
+            ids, weight, *rest = args
+            if isinstance(weight, Absent) and weight._rows is not None:
+                return _look_up(weight._rows, ids, *rest, **kwargs)
+        absent = next(a for a in (*args, *kwargs.values()) if isinstance(a, Absent))
+        raise RuntimeError(
+            f"{absent._name} is offloaded, and {getattr(func, '__name__', func)} needs it in memory as a whole: "
+            "only the module that it belongs to can compute with it, by its own forward"
+        )
+
+
+def _look_up(rows: Rows, ids: Tensor, padding_idx: Any = None, max_norm: Any = None, norm_type: float = 2.0, *_: Any, **more: Any) -> Tensor:
+    """F.embedding with the rows that it needs alone; `padding_idx` matters to gradients only."""
+    unique, within = ids.unique(return_inverse=True)
+    return F.embedding(within, rows(unique), None, more.get("max_norm", max_norm), more.get("norm_type", norm_type))

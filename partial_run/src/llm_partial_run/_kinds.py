@@ -1,0 +1,164 @@
+"""A module of somebody else against its weights: which tensors are streamed by slices, which whole, which stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._blocks import places
+from ._units import Model, Unit, _slices
+
+SMALL = 1 << 20  # bytes: a tensor of a block that is no larger always stays, as does any with one dimension
+CONV1D = "transformers.pytorch_utils.Conv1D"  # GPT-2's: x @ weight + bias
+FALCON = "transformers.models.falcon.modeling_falcon.FalconLinear"  # x @ weight.T, and then + bias
+
+
+@dataclass(frozen=True)
+class Survey:
+    """How each tensor of a module is served, by (part, name)."""
+
+    model: Model
+    sliced: Mapping[tuple[str, str], nn.Module]  # the matrix of this module, which computes slice by slice
+    whole: Mapping[tuple[str, str], tuple[int, ...]]  # bound as one while its block runs: its shape
+    gathered: tuple[tuple[str, str], ...]  # of which rows are looked up
+    whole_nbytes: int  # most bytes of whole tensors in one block
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """How a module computes with its `weight`: "linear", "falcon" or "conv1d"; None where that is not known."""
+    if type(module) is nn.Linear:
+        return "linear"
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    return {CONV1D: "conv1d", FALCON: "falcon"}.get(name)
+
+
+def survey_blocks(
+    module: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    weights: Any,
+    *,
+    dtype: torch.dtype | None,
+    tokens: int,
+    context: int,
+    whole_blocks: bool,
+) -> Survey:
+    """Hold the module against the weights that are there, and decide for each tensor how it is served.
+
+    Raises ValueError naming part and tensor where one is missing, or its shape or dtype is not the module's.
+    """
+    parts = {part: weights.tensors(part) for part in _parts(module, blocks)}
+    named = places(module, blocks)
+    for key, tensor in module.state_dict(keep_vars=True).items():
+        _check(key, tensor, *named[key], parts)
+    if dtype is None:
+        dtype = next((info.dtype for key in named if (info := _info(named[key], parts)).dtype.is_floating_point), None)
+    if dtype is None:
+        raise ValueError(f"{type(module).__name__} has no weights in floating point: there is nothing to run")
+
+    units: list[Unit] = []
+    kept: list[tuple[str, str]] = []
+    sliced: dict[tuple[str, str], nn.Module] = {}
+    whole: dict[tuple[str, str], tuple[int, ...]] = {}
+    gathered: list[tuple[str, str]] = []
+    kept_nbytes = gathered_nbytes = stored_nbytes = vocab_size = hidden_size = 0
+    converted = False
+    widths = dict.fromkeys(parts, 0)  # elements per token that the matrices of a part give
+    whole_nbytes = dict.fromkeys(parts, 0)
+    part_nbytes = dict.fromkeys(parts, 0)
+    for key, tensor in module.state_dict(keep_vars=True).items():
+        part, name = named[key]
+        info = _info((part, name), parts)
+        compute = dtype if info.dtype.is_floating_point else info.dtype
+        converted |= compute != info.dtype
+        stored_nbytes += info.nbytes
+        nbytes = info.nbytes // info.dtype.itemsize * compute.itemsize
+        path, _, leaf = key.rpartition(".")
+        owner = module.get_submodule(path)
+        in_block = part.startswith("mid")
+        if leaf == "weight" and kind_of(owner) and not (in_block and whole_blocks):
+            sliced[part, name] = owner
+            width = info.shape[1 if kind_of(owner) == "conv1d" else 0]
+            widths[part] += width
+            hidden_size = hidden_size or info.shape[0 if kind_of(owner) == "conv1d" else 1]
+            vocab_size = max(vocab_size, width) if part == "end" else vocab_size
+        elif leaf == "weight" and isinstance(owner, nn.Embedding) and not in_block:
+            gathered.append((part, name))
+            gathered_nbytes += info.nbytes
+            hidden_size = info.shape[1]
+            continue
+        elif in_block and (len(info.shape) > 1 and nbytes > SMALL or tuple(info.shape) != tuple(tensor.shape)):
+            whole[part, name] = tuple(tensor.shape)
+            whole_nbytes[part] += nbytes
+            widths[part] += sum(tensor.shape[-2:])
+        else:
+            kept.append((part, name))
+            kept_nbytes += nbytes
+            continue
+        units += _slices(part, name, info.shape[0], info.nbytes, nbytes)
+        part_nbytes[part] += info.nbytes
+    block_width = max(widths[part] for part in parts if part.startswith("mid"))
+    model = Model(
+        tuple(units), tuple(kept), kept_nbytes, gathered_nbytes, stored_nbytes, dtype, converted, vocab_size, hidden_size,
+        max(block_width + _scores(module, context), vocab_size), part_nbytes,
+    )  # fmt: skip
+    return Survey(model, sliced, whole, tuple(gathered), max(whole_nbytes.values()))
+
+
+def cache_nbytes(module: nn.Module, rows: int, context: int, dtype: torch.dtype) -> int:
+    """Keys and values that a transformers model keeps, by its config; 0 where the module has none.
+
+    A hybrid or latent cache is smaller, so this is then more than it takes.
+    """
+    config = _text_config(module)
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        return 0
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_key_value_heads", None) or heads
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        heads = 1
+    return 2 * heads * width * config.num_hidden_layers * rows * context * dtype.itemsize
+
+
+def _scores(module: nn.Module, context: int) -> int:
+    """Elements per token of attention scores, for a model that holds all of them at once."""
+    config = _text_config(module)
+    eager = getattr(config, "_attn_implementation", None) == "eager"
+    return 3 * context * config.num_attention_heads if eager and hasattr(config, "num_attention_heads") else 0
+
+
+def _text_config(module: nn.Module) -> Any:
+    config: Any = getattr(module, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _parts(module: nn.Module, blocks: Mapping[str, nn.Module]) -> list[str]:
+    return list(dict.fromkeys(part for part, _ in places(module, blocks).values()))
+
+
+def _info(place: tuple[str, str], parts: Mapping[str, Mapping[str, Any]]) -> Any:
+    return parts[place[0]][place[1]]
+
+
+def _check(key: str, tensor: torch.Tensor, part: str, name: str, parts: Mapping[str, Mapping[str, Any]]) -> None:
+    stored = parts[part]
+    if name not in stored:
+        raise ValueError(
+            f"{part}: the weights have no {name!r}; they have {sorted(stored)}. Do module and checkpoint belong together?"
+        )
+    info = stored[name]
+    stacked = len(info.shape) > 2 and info.nbytes == tensor.numel() * info.dtype.itemsize
+    if tuple(info.shape) != tuple(tensor.shape) and not (stacked and info.shape[2:] == tuple(tensor.shape[2:])):
+        raise ValueError(
+            f"{part}: {name} is {list(info.shape)} in the weights and {list(tensor.shape)} in the module. "
+            "Do module and checkpoint belong together?"
+        )
+    if info.dtype.is_floating_point != tensor.dtype.is_floating_point:
+        raise ValueError(
+            f"{part}: {name} is stored as {info.dtype}, the module computes in floating point: "
+            "quantized weights cannot be run; use the unquantized checkpoint"
+        )

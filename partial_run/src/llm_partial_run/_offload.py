@@ -1,0 +1,264 @@
+"""Runs a module that somebody else wrote within a memory budget: its blocks are streamed as it calls them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._absent import Absent
+from ._block_weights import BlockWeights
+from ._blocks import find_blocks, parts_of, places
+from ._buffers import computed_buffers
+from ._kinds import Survey, cache_nbytes, survey_blocks
+from ._memory import available, measured_runtime, parse_bytes
+from ._plan import Plan, decide
+from ._run import DEFAULT_SHARE, MARGIN, SLACK, Stats
+from ._stores import as_store, read_rate
+from ._weights import Progress, bound
+
+
+def offload(
+    module: nn.Module,
+    weights: Any,
+    *,
+    memory: int | str | None = None,
+    rows: int = 1,
+    context: int = 2048,
+    tokens: int | None = None,
+    blocks: str | Iterable[nn.Module] | None = None,
+    whole_blocks: bool = False,
+    dtype: torch.dtype | None = None,
+    cache: int | str | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
+    device: str | torch.device = "cpu",
+    device_memory: int | str | None = None,
+    runtime: int | str | None = None,
+    progress: Progress | None = None,
+) -> Offload:
+    """Give a module on the meta device its weights, within a memory budget, until the result is closed.
+
+    The module is called as always, `model.generate(...)` of transformers included: what fits of its blocks stays, the
+    rest is streamed in each pass. Only inference: in training mode, or where gradients are wanted, it raises.
+
+    :param module: in eval mode, best on meta: what it has in memory already counts as well.
+    :param weights: a store (see llm_sepweight) opened with `layout_from_module(module)`, or `load(part) -> tensors`.
+    :param memory: bytes, or "4GiB", that the whole process may use. Default: nine tenths of what is free here.
+    :param rows: sequences, and :param context: tokens of each, whose keys and values are counted.
+    :param tokens: most tokens of all rows in one call; more are refused. Default: rows * context.
+    :param blocks: the path of their list ("model.layers"), or the blocks in order. Default: the largest list of modules.
+    :param whole_blocks: bind every matrix of a block before it runs, for blocks that compute with them in ways of their
+        own. Costs the memory of a block.
+    :param dtype: to compute in. Default: the one stored.
+    :param cache: bytes to count for keys and values. Default: by the module's config, where it has one.
+    :param buffers: values of buffers that are on meta, in no checkpoint, and not computed by their own module.
+    :param device, device_memory, runtime, progress: as for `PartialRun`.
+    :raises BudgetError: before anything is loaded, where `memory` is too small.
+    :raises ValueError: naming what does not fit: module and weights, their blocks, the mode.
+    """
+    return Offload(
+        module, weights, memory=memory, rows=rows, context=context, tokens=tokens, blocks=blocks, whole_blocks=whole_blocks,
+        dtype=dtype, cache=cache, buffers=buffers, device=device, device_memory=device_memory, runtime=runtime,
+        progress=progress,
+    )  # fmt: skip
+
+
+class Offload:
+    """A module whose weights come and go; made by `offload`. Closing it gives the module its own state back."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        weights: Any,
+        *,
+        memory: int | str | None,
+        rows: int,
+        context: int,
+        tokens: int | None,
+        blocks: str | Iterable[nn.Module] | None,
+        whole_blocks: bool,
+        dtype: torch.dtype | None,
+        cache: int | str | None,
+        buffers: Mapping[str, Tensor] | None,
+        device: str | torch.device,
+        device_memory: int | str | None,
+        runtime: int | str | None,
+        progress: Progress | None,
+    ):
+        if rows < 1 or context < 1:
+            raise ValueError(f"rows={rows} and context={context} have to be 1 or more")
+        if any(isinstance(parameter, Absent) for parameter in module.parameters()):
+            raise ValueError(f"this {type(module).__name__} is offloaded already: close that first")
+        _check_mode(module)
+        self.module = module
+        self.blocks = tuple(found := find_blocks(module, blocks))  # their paths, in order
+        self.stats = Stats()
+        self._modules = tuple(found.values())
+        self._device, self._progress = torch.device(device), progress
+        tokens = max(rows, min(tokens or rows * context, rows * context))
+        parts = parts_of(module, found)
+        used = dict.fromkeys(part for part, _ in places(module, found).values())
+        store = as_store(weights, {part: parts[part] for part in used})
+        survey = survey_blocks(
+            module, found, store, dtype=dtype, tokens=tokens, context=context, whole_blocks=whole_blocks
+        )
+        computed = computed_buffers(module, buffers)
+        self.plan = self._decide(store, survey, memory, rows, context, tokens, cache, device_memory, runtime)
+        self._running: list[nn.Module] = []  # the module, and those within it that have blocks, as they call each other
+        self._next = 0
+        self._binding = ExitStack()
+        self._opened = ExitStack()
+        try:
+            for name, tensor in computed.items():
+                self._opened.enter_context(bound(module, name, tensor.to(self._device)))
+            self._weights = BlockWeights(parts, store, survey, self.plan, self._device, progress)
+            self._opened.callback(self._weights.close)
+            for handle in self._hooks():
+                self._opened.callback(handle.remove)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Give the module its own state back, end the threads, drop the weights. A second time it does nothing."""
+        self._binding.close()
+        self._opened.close()
+
+    def __enter__(self) -> Offload:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _decide(
+        self,
+        store: Any,
+        survey: Survey,
+        memory: int | str | None,
+        rows: int,
+        context: int,
+        tokens: int,
+        cache: int | str | None,
+        device_memory: int | str | None,
+        runtime: int | str | None,
+    ) -> Plan:
+        model = survey.model
+        if device_memory is None and self._device.type == "cuda":
+            device_memory = int(torch.cuda.mem_get_info(self._device)[0] * DEFAULT_SHARE)
+        allowed = int(available() * DEFAULT_SHARE) if memory is None else parse_bytes(memory)
+        counted = measured_runtime(allowed, model.dtype) + MARGIN + allowed // 512 if runtime is None else parse_bytes(runtime)
+        caches = cache_nbytes(self.module, rows, context, model.dtype) if cache is None else parse_bytes(cache)
+        alone = max((unit.nbytes for unit in model.units), default=0)  # a slice that is read out of turn
+        decided = decide(
+            model,
+            memory=allowed,
+            runtime=counted,
+            slack=SLACK if runtime is None else 0,
+            rows=rows,
+            context=context,
+            tokens=tokens,
+            micro_batch=tokens,
+            cache_nbytes=caches,
+            cache_part_nbytes=caches,  # they are the module's own: they cannot go to disk
+            transient=survey.whole_nbytes + alone,
+            device_memory=0 if device_memory is None else parse_bytes(device_memory),
+        )
+        streamed = [unit for unit in model.units if unit not in decided.resident_units | decided.device_units]
+        return replace(decided, read_rate=read_rate(store, streamed)) if streamed else decided
+
+    # Passes: a call of the module, or of one within it that has the blocks
+
+    def _hooks(self) -> Iterator[Any]:
+        for path, child in self.module.named_modules():
+            if not path or any(block.startswith(path + ".") for block in self.blocks):
+                yield child.register_forward_pre_hook(self._enter)
+                yield child.register_forward_hook(self._leave, always_call=True)
+        for i, block in enumerate(self._modules):
+            yield block.register_forward_pre_hook(partial(self._before, i), with_kwargs=True)
+            yield block.register_forward_hook(partial(self._after, i), always_call=True)
+
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        if module in self._running:  # an interrupt left it there
+            self._running.clear()
+        if not self._running:
+            self._begin()
+        self._running.append(module)
+
+    def _leave(self, module: nn.Module, *_: Any) -> None:
+        if self._running and self._running[-1] is module:
+            self._running.pop()
+            if not self._running:
+                self._end()
+
+    def _begin(self) -> None:
+        _check_mode(self.module)
+        self._binding.close()
+        self._weights.begin_pass()
+        self._next = 0
+        self._start, self._waited, self._read = time.perf_counter(), self._weights.waited, self._weights.bytes_read
+
+    def _end(self) -> None:
+        stats, waited = self.stats, self._weights.waited - self._waited
+        stats.seconds_total += time.perf_counter() - self._start
+        stats.seconds_waiting += waited
+        stats.bytes_read += self._weights.bytes_read - self._read
+        if self._next == len(self._modules):
+            stats.passes += 1
+            self._weights.end_pass()
+
+    # Blocks
+
+    def _before(self, i: int, block: nn.Module, args: Any, kwargs: Any) -> None:
+        if i == 0 and not self._running:  # somebody calls the blocks by hand
+            self._begin()
+        if i != self._next:
+            problem = "a second time in one pass" if i == self._next - 1 else f"where {self._name(self._next)} is next"
+            raise RuntimeError(
+                f"{self.blocks[i]} was called {problem}: each block has to be called once in a pass, in order. "
+                "Give blocks= in the order in which they are called; a block that is called twice cannot be streamed"
+            )
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise RuntimeError(
+                f"{self.blocks[i]} is offloaded, and its input requires gradients, which would be wrong once its weights "
+                "are gone: call it under torch.no_grad()"
+            )
+        if i == 0 and tensors:
+            self._check_tokens(tensors[0])
+        self._next = i + 1
+        if self._progress is not None:
+            self._progress("pass", i, len(self._modules))
+        self._binding = self._weights.bind_block(f"mid.{i:05d}")
+        self._block_start, self._block_waited = time.perf_counter(), self._weights.waited
+
+    def _after(self, i: int, *_: Any) -> None:
+        self._binding.close()
+        self.stats.seconds_computing += time.perf_counter() - self._block_start - (self._weights.waited - self._block_waited)
+        if self._progress is not None and i + 1 == len(self._modules):
+            self._progress("pass", i + 1, len(self._modules))
+
+    def _check_tokens(self, x: Tensor) -> None:
+        """x: [rows, tokens, width], what goes into the first block."""
+        tokens = x.numel() // x.shape[-1] if x.dim() > 1 else 1
+        self.stats.tokens += tokens
+        if tokens > self.plan.tokens:
+            raise ValueError(
+                f"{tokens} tokens in one call are more than the {self.plan.tokens} that are planned for: "
+                "give offload a larger tokens=, rows= or context="
+            )
+
+    def _name(self, i: int) -> str:
+        return self.blocks[i] if i < len(self.blocks) else "the end of the pass"
+
+
+def _check_mode(module: nn.Module) -> None:
+    if module.training:
+        raise ValueError(
+            f"{type(module).__name__} is in training mode, and offloading is for inference: call its eval() first"
+        )
