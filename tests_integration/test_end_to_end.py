@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, Qwen2Config
 
-import llm_llama_model as llama
 import llm_partial_run
 import llm_sampler
 import llm_sepweight
+from families import FALCON_40B, FALCON_RW, but, family_of
 
 SIZES: dict[str, Any] = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
@@ -23,6 +23,8 @@ CONFIGS = {
     "llama": LlamaConfig(**SIZES),
     "tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
     "biased window": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "falcon 40b": FalconConfig(**but(FALCON_40B, num_hidden_layers=6)),
+    "falcon rw": FalconConfig(**but(FALCON_RW, num_hidden_layers=6)),
 }
 BUDGET: dict[str, Any] = dict(rows=3, context=40, tokens=48, runtime=0)
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3], [5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6]]
@@ -40,9 +42,10 @@ def checkpoint(request, tmp_path):
 
 
 def opened(path, memory, **changes):
-    weights = llm_sepweight.open(path, layout=llama.layout)
-    config = llama.Config.from_hf(weights.config)
-    return weights, llm_partial_run.PartialRun(llama.parts(config), weights, memory=memory, **(BUDGET | changes))
+    family = family_of(path)
+    weights = llm_sepweight.open(path, layout=family.layout)
+    parts = family.parts(family.Config.from_hf(weights.config))
+    return weights, llm_partial_run.PartialRun(parts, weights, memory=memory, **(BUDGET | changes))
 
 
 def smallest(path, **changes):
@@ -88,7 +91,7 @@ def test_greedy_text_equals_transformers_generate(checkpoint):
 def test_a_split_checkpoint_gives_the_same_logits(checkpoint, tmp_path_factory):
     path, _ = checkpoint
     split = tmp_path_factory.mktemp("split") / "model"
-    llm_sepweight.split(path, split, layout=llama.layout)
+    llm_sepweight.split(path, split, layout=family_of(path).layout)
     results = []
     for place in (path, split):
         weights, run = opened(place, smallest(place))
