@@ -1,11 +1,15 @@
 """Checkpoints of every family as transformers writes them, and both sides of a comparison.
 
 A family's variants are tiny random models, one for each switch that its config has. Add yours to VARIANTS.
+
+python tests_integration/families.py bloom    # how far its variants are from transformers, and both from fp32
 """
 
 from __future__ import annotations
 
 import json
+import sys
+import tempfile
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -15,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     FalconConfig,
     LlamaConfig,
     MistralConfig,
@@ -95,7 +100,16 @@ FALCON: dict[str, Callable[[], PretrainedConfig]] = {
     "falcon, one after the other": lambda: FalconConfig(**F, parallel_attn=False),
 }
 
-VARIANTS = LLAMA | FALCON
+B: dict[str, Any] = dict(vocab_size=96, hidden_size=32, n_layer=2, n_head=4)
+
+BLOOM: dict[str, Callable[[], PretrainedConfig]] = {
+    "bloom": lambda: BloomConfig(**B),
+    "bloom, seven heads": lambda: BloomConfig(**but(B, hidden_size=56, n_head=7)),
+    "bloom, untied": lambda: BloomConfig(**B, tie_word_embeddings=False),
+}
+
+VARIANTS = LLAMA | FALCON | BLOOM
+EAGER_ONLY = ("bloom",)  # for which transformers has no other attention
 
 
 def save(config: PretrainedConfig, path: Path) -> Path:
@@ -116,16 +130,20 @@ def edit_config(path: Path, *, drop: tuple[str, ...] = (), **changes: Any) -> No
 
 
 def theirs(path: Path, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").eval()
+    attention = "eager" if model_type_of(path) in EAGER_ONLY else "sdpa"
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention).eval()
     with torch.inference_mode():
         return model(ids, use_cache=False).logits
 
 
 def family_of(path: Path) -> Any:
     """The package that runs a checkpoint, found as a user's program finds it."""
-    model_type = json.loads((path / "config.json").read_text())["model_type"]
-    (entry,) = entry_points(group="llm_microlibs.families", name=model_type)
+    (entry,) = entry_points(group="llm_microlibs.families", name=model_type_of(path))
     return entry.load()
+
+
+def model_type_of(path: Path) -> str:
+    return json.loads((path / "config.json").read_text())["model_type"]
 
 
 class Ours:
@@ -165,3 +183,26 @@ class Ours:
 
 def assert_near(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=0)
+
+
+def report(names: list[str]) -> None:
+    """Print, for each variant that has one of the names in its own, what separates both sides."""
+    ids = torch.randint(0, 96, (3, 48), generator=torch.Generator().manual_seed(1))
+    print(f"{'':40}  fp32 max   bf16 mean  cached     theirs to fp32  ours to fp32")
+    for name in [name for name in VARIANTS if not names or any(part in name for part in names)]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = save(VARIANTS[name](), Path(folder))
+            exact, rounded = theirs(path, ids), theirs(path, ids, torch.bfloat16)
+            ours = Ours(path, dtype=torch.bfloat16)
+            full = ours(ids)
+            ours.new_caches(3, 48)
+            steps = [ours(ids[:, i : i + 1], torch.full((3, 1), i), kv_len=i + 1) for i in range(48)]
+            pairs = ((full, rounded), (torch.cat(steps, dim=1), rounded), (rounded, exact), (full, exact))
+            means = [f"{(a - b).abs().mean():.1e}" for a, b in pairs]
+            print(
+                f"{name:40}  {(Ours(path)(ids) - exact).abs().max():.1e}    {means[0]}    {means[1]}    {means[2]:14}  {means[3]}"
+            )
+
+
+if __name__ == "__main__":
+    report(sys.argv[1:])

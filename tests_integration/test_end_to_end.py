@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, LlamaConfig, Qwen2Config
 
 import llm_partial_run
 import llm_sampler
 import llm_sepweight
-from families import FALCON_40B, FALCON_RW, but, family_of
+from families import EAGER_ONLY, FALCON_40B, FALCON_RW, B, but, family_of
 
 SIZES: dict[str, Any] = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
@@ -25,6 +25,7 @@ CONFIGS = {
     "biased window": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1),
     "falcon 40b": FalconConfig(**but(FALCON_40B, num_hidden_layers=6)),
     "falcon rw": FalconConfig(**but(FALCON_RW, num_hidden_layers=6)),
+    "bloom": BloomConfig(**but(B, n_layer=6)),
 }
 BUDGET: dict[str, Any] = dict(rows=3, context=40, tokens=48, runtime=0)
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3], [5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6]]
@@ -34,7 +35,9 @@ PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3], [5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6]]
 def checkpoint(request, tmp_path):
     """A tiny random checkpoint in shards, and transformers' model of it."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[request.param], attn_implementation="sdpa").eval()
+    config = CONFIGS[request.param]
+    attention = "eager" if config.model_type in EAGER_ONLY else "sdpa"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(tmp_path, max_shard_size="40KB")

@@ -170,6 +170,19 @@ def test_a_mask_replaces_the_rule_so_that_two_drafts_share_a_prefix(config, ids)
         torch.testing.assert_close(got[0, i], alone[0, 4], atol=2e-5, rtol=0)
 
 
+def test_rows_with_a_mask_each_may_have_their_drafts_at_different_positions(config, ids):
+    model, starts = Model(config, rows=2), torch.tensor([[4], [2]])
+    model.cached(ids[:, :4], positions_of(0, 4, 2), kv_len=4)
+    drafts, slots = ids[:, 6:8], starts + torch.arange(2)
+    mask = torch.arange(6) < starts[..., None] + torch.zeros(2, 2, 1)
+    mask.scatter_(2, slots[..., None], True)
+    got = model.cached(drafts, starts.expand(2, 2), slots=slots, kv_len=6, mask=mask)
+    for row, start in enumerate(starts[:, 0].tolist()):
+        for i in range(2):
+            alone = model.full(torch.cat((ids[row : row + 1, :start], drafts[row : row + 1, i : i + 1]), dim=1))
+            torch.testing.assert_close(got[row, i], alone[0, start], atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize("alibi", [False, True])
 def test_a_forward_pass_heeds_no_default_device_or_dtype_and_its_tables_survive_inference_mode(alibi):
     sizes = {
