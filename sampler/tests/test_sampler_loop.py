@@ -259,7 +259,7 @@ def flat_logits(ids):
         ([[1]], {"top_k": 2.5}, "top_k is 2.5"),
         ([[1]], {"min_p": 1.5}, "min_p is 1.5"),
         ([[1]], {"repetition_penalty": 0}, "repetition_penalty is 0"),
-        ([[1]], {"stop_ids": [-1]}, "stop_ids: row 0 holds -1"),
+        ([[1]], {"stop_ids": [-1]}, "stop_ids holds -1"),
         ([[1]], {"stop_ids": "</s>"}, "stop_ids is '</s>'"),
         ([[1]], {"stop_ids": [[1], [2]]}, "stop_ids has 2 values for 1 rows"),
         ([[1]], {"seed": -1}, "seed: row 0 has -1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -11,19 +12,37 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llm_sampler import HUGGING_FACE_ORDER, LLAMA_CPP_ORDER
+from llm_sampler._row import History, Row, Table
 from llm_sampler._scores import Scores
-from llm_sampler._stages import STAGES, History
+from llm_sampler._stages import STAGES
 
 CPU = torch.device("cpu")
 INF = math.inf
 
 
-def apply(name: str, logits: Tensor, values: list, history: History | None = None) -> Tensor:
-    """The logits over the whole vocabulary after one stage."""
-    rows = len(logits)
-    empty = History(torch.zeros(rows, 1, dtype=torch.long), [1] * rows, [1] * rows)
-    out = STAGES[name].build(values, CPU)(Scores(logits, None, logits.shape[-1]), history or empty)
+def history_of(*rows: tuple[list[int], list[int]], stops: Sequence[int] = ()) -> History:
+    """Rows that were given some ids and have generated others."""
+    made = [
+        Row(index, prompt, len(prompt), end=99, shortest=0, key=index, stops=frozenset(stops))
+        for index, (prompt, _) in enumerate(rows)
+    ]
+    table = Table(made, pad_id=0, device=CPU)
+    for row, (_, generated) in zip(made, rows, strict=True):
+        for token in generated:
+            row.take(token, 0.0)
+            table.append([row])
+    return History(table, made, CPU)
+
+
+def apply(name: str, logits: Tensor, *values: list, history: History | None = None) -> Tensor:
+    """The logits over the whole vocabulary after one stage, given one value per row of each of its settings."""
+    before = logits.clone()
+    settings = list(STAGES[name].settings.values())
+    full = [*values, *([setting.neutral] * len(logits) for setting in settings[len(values) :])]
+    stage = STAGES[name].build(*full, device=CPU)
+    out = stage(Scores(logits, None, logits.shape[-1]), history or history_of(*[([0], [])] * len(logits)))
     assert out.ids is None or bool((out.ids.diff(dim=-1) >= 0).all()), "candidates stay in the order of their ids"
+    assert torch.equal(logits, before), "what was handed in is left alone"
     return out.widened().values
 
 
@@ -81,22 +100,25 @@ def test_temperature_zero_beside_another_row_leaves_that_row_alone() -> None:
 
 
 def test_repetition_penalty_counts_each_token_once_and_padding_never() -> None:
-    history = History(torch.tensor([[1, 1, 2], [1, 0, 0]]), [3, 1], [1, 1])
+    history = history_of(([1], [1, 2]), ([1], []))
     logits = torch.tensor([[4.0, 4.0, -4.0, 4.0]] * 2)
-    assert apply("repetition_penalty", logits, [2.0, 2.0], history).tolist() == [[4, 2, -8, 4], [4, 2, -4, 4]]
+    out = apply("repetition_penalty", logits, [2.0, 2.0], history=history)
+    assert out.tolist() == [[4, 2, -8, 4], [4, 2, -4, 4]]
 
 
 def test_presence_and_frequency_count_generated_tokens_only() -> None:
-    history = History(torch.tensor([[3, 1, 1, 2], [1, 1, 0, 0]]), [4, 2], [1, 1])
-    logits = torch.zeros(2, 4)
-    assert apply("presence_penalty", logits, [0.5, 0.5], history).tolist() == [[0, -0.5, -0.5, 0], [0, -0.5, 0, 0]]
-    assert apply("frequency_penalty", logits, [0.5, 0.5], history).tolist() == [[0, -1, -0.5, 0], [0, -0.5, 0, 0]]
+    history = history_of(([3], [1, 1, 2]), ([1], [1]), ([2], []))
+    logits = torch.zeros(3, 4)
+    out = apply("presence_penalty", logits, [0.5] * 3, history=history)
+    assert out.tolist() == [[0, -0.5, -0.5, 0], [0, -0.5, 0, 0], [0] * 4]
+    out = apply("frequency_penalty", logits, [0.5] * 3, history=history)
+    assert out.tolist() == [[0, -1, -0.5, 0], [0, -0.5, 0, 0], [0] * 4]
 
 
 def test_penalties_after_a_narrowing_stage_bring_nothing_back() -> None:
-    history = History(torch.tensor([[0, 1]]), [2], [1])
-    narrow = STAGES["top_k"].build([1], CPU)(Scores(torch.tensor([[1.0, 2.0, 0.0]]), None, 3), history)
-    out = STAGES["frequency_penalty"].build([0.5], CPU)(narrow, history)
+    history = history_of(([0], [1]))
+    narrow = STAGES["top_k"].build([1], device=CPU)(Scores(torch.tensor([[1.0, 2.0, 0.0]]), None, 3), history)
+    out = STAGES["frequency_penalty"].build([0.5], device=CPU)(narrow, history)
     assert out.values.tolist() == [[-INF, 1.5, -INF]]
 
 
@@ -151,10 +173,10 @@ def test_block_paths_equal_plain_paths_on_a_large_vocabulary(seed: int, scale: f
 def test_narrowing_what_was_narrowed_keeps_the_right_ids(size: int) -> None:
     logits = torch.randn(2, size, generator=torch.Generator().manual_seed(1))
     logits[:, -1] = 9.0
-    history = History(torch.zeros(2, 1).long(), [1, 1], [1, 1])
+    history = history_of(([0], []), ([0], []))
     scores = Scores(logits, None, size)
     for k in (5001, 70, 3):
-        scores = STAGES["top_k"].build([k, k], CPU)(scores, history)
+        scores = STAGES["top_k"].build([k, k], device=CPU)(scores, history)
     assert scores.ids is not None
     assert scores.ids.tolist() == logits.topk(3).indices.sort(-1).values.tolist()
 
@@ -163,6 +185,6 @@ def test_narrowing_what_was_narrowed_keeps_the_right_ids(size: int) -> None:
 def test_one_neutral_row_beside_a_limited_one_keeps_everything(name: str) -> None:
     logits = torch.randn(2, 9001, generator=torch.Generator().manual_seed(0))
     limited = {"top_k": 5, "top_p": 0.5, "min_p": 0.5, "temperature": 0.0}[name]
-    out = apply(name, logits, [limited, STAGES[name].neutral])
+    out = apply(name, logits, [limited, STAGES[name].settings[name].neutral])
     assert torch.equal(out[1], logits[1])
     assert torch.equal(out[:1], apply(name, logits[:1], [limited]))

@@ -1,8 +1,9 @@
 """Samples from any causal language model: a function from token ids to logits is all it needs."""
 
-from ._sample import Completion, Step, generate, sample
+from ._sample import Steps, generate, sample
 from ._score import Choice, Score, multiple_choice, score
 from ._stages import HUGGING_FACE_ORDER, LLAMA_CPP_ORDER
+from ._step import Completion, Step
 from ._text import Detokenizer, stream_text
 
 __version__ = "0.1.0"
@@ -14,6 +15,7 @@ __all__ = [
     "Detokenizer",
     "Score",
     "Step",
+    "Steps",
     "generate",
     "multiple_choice",
     "sample",

@@ -16,13 +16,13 @@ def row_key(seed: int, row: int) -> int:
     return _mix(_mix(seed) ^ row)
 
 
-def uniform(key: int, position: int) -> float:
-    """The one uniform in [0, 1) with 53 bits that belongs to `position` in the stream `key`.
+def uniform(key: int, position: int, purpose: int = 0) -> float:
+    """The one uniform in [0, 1) with 53 bits that belongs to `position` in the stream `key`, for each purpose.
 
-    It is computed from its two arguments alone (the finalizer of SplitMix64, Steele et al. 2014, as a counter-based
+    It is computed from its arguments alone (the finalizer of SplitMix64, Steele et al. 2014, as a counter-based
     generator), so neither the batch nor what was drawn before can change it.
     """
-    return (_mix(key ^ position) >> 11) * 2.0**-53
+    return (_mix(key ^ position ^ purpose << 48) >> 11) * 2.0**-53
 
 
 def draw(scores: Scores, uniforms: list[float]) -> tuple[Tensor, Tensor]:

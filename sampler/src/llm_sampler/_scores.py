@@ -15,22 +15,35 @@ LOWEST = torch.finfo(torch.float32).min
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """values [B, K] float32, -inf where masked; ids [B, K] in rising order, or None where K is the vocabulary."""
+    """values [B, K] float32, -inf where masked; ids [B, K] in rising order, or None where K is the vocabulary.
+
+    owned: nobody else has the values, so they may be written to.
+    """
 
     values: Tensor
     ids: Tensor | None
     vocabulary: int
+    owned: bool = False
+
+    def with_values(self, values: Tensor) -> Scores:
+        """The same candidates with other values, which are nobody else's."""
+        return Scores(values, self.ids, self.vocabulary, owned=True)
 
     def masked(self, keep: Tensor) -> Scores:
-        return Scores(self.values.masked_fill(~keep, -torch.inf), self.ids, self.vocabulary)
+        return self.with_values(self.values.masked_fill(~keep, -torch.inf))
+
+    def writable(self) -> Scores:
+        """The same with every token of the vocabulary present and values that may be changed, by id."""
+        scores = self.widened()
+        return scores if scores.owned else scores.with_values(scores.values.clone())
 
     def widened(self) -> Scores:
-        """The same with every token of the vocabulary present, for stages that look tokens up by id."""
+        """The same with every token of the vocabulary present."""
         if self.ids is None:
             return self
         full = self.values.new_full((self.values.shape[0], self.vocabulary + 1), -torch.inf)
         full = full.scatter_(-1, self.ids, self.values)[:, : self.vocabulary]
-        return Scores(full.contiguous(), None, self.vocabulary)
+        return Scores(full.contiguous(), None, self.vocabulary, owned=True)
 
     def best(self) -> Scores:
         """Only the largest of each row, the lower id on ties."""
@@ -43,7 +56,9 @@ class Scores:
             index = index.clamp_(max=values.shape[-1] - 1)
         else:
             index = values.argmax(-1, keepdim=True)
-        return Scores(values.gather(-1, index), index if ids is None else ids.gather(-1, index), self.vocabulary)
+        return Scores(
+            values.gather(-1, index), index if ids is None else ids.gather(-1, index), self.vocabulary, owned=True
+        )
 
     def largest(self, k: int) -> tuple[Tensor, Scores]:
         """The k largest values of each row in falling order [B, k], fewer where fewer are left; and all >= the last."""
@@ -72,14 +87,14 @@ class Scores:
         if width == values.shape[-1]:
             return Scores(values, ids, self.vocabulary).masked(keep)
         if width * 2 > values.shape[-1] and ids is None:
-            return Scores(values, None, self.vocabulary).masked(keep)
+            return self.masked(keep)
         row, column = keep.nonzero(as_tuple=True)
         place = (keep.cumsum(-1) - 1)[row, column]
         kept = values.new_full((values.shape[0], width), -torch.inf)
         kept[row, place] = values[row, column]
         kept_ids = torch.full_like(kept, self.vocabulary, dtype=torch.long)
         kept_ids[row, place] = column if ids is None else ids[row, column]
-        return Scores(kept, kept_ids, self.vocabulary)
+        return Scores(kept, kept_ids, self.vocabulary, owned=True)
 
 
 def _blocks(values: Tensor) -> Tensor:

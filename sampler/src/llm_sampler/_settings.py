@@ -1,63 +1,123 @@
-"""Arguments of `sample` as one checked value per row."""
+"""Arguments of `sample` as one checked value per row.
+
+Most are numbers: one, or a sequence with one per row. Ids, words and biases are themselves sequences or mappings, so
+each kind says what one value looks like; anything else is taken as one per row.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from ._stages import HUGGING_FACE_ORDER, LLAMA_CPP_ORDER, STAGES
-
 PerRow: TypeAlias = float | Sequence[float | None] | Tensor | None
-_ORDERS = {"huggingface": HUGGING_FACE_ORDER, "llama.cpp": LLAMA_CPP_ORDER}
+Ids: TypeAlias = int | Sequence[int] | AbstractSet[int] | Sequence[Sequence[int] | None] | Tensor | None
+Words: TypeAlias = Sequence[Sequence[int]] | Sequence[Sequence[Sequence[int]] | None] | None
+Biases: TypeAlias = Mapping[Any, float] | Sequence[Mapping[Any, float] | None] | None
+Strings: TypeAlias = str | Sequence[str] | Sequence[Sequence[str] | None] | None
 
 
-def settings_of(count: int, **given: PerRow) -> dict[str, list]:
-    """The stages' settings, with the neutral value for None."""
-    return {
-        name: per_row(
-            name, value, count, STAGES[name].kind, STAGES[name].allowed, STAGES[name].says, STAGES[name].neutral
-        )
-        for name, value in given.items()
-    }
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """neutral: the value that changes nothing, for None. is_one: whether a value is for all rows. parse: checks it."""
+
+    neutral: Any
+    is_one: Callable[[Any], bool]
+    parse: Callable[[str, Any], Any]
+
+    def per_row(self, name: str, value: Any, count: int) -> list:
+        """`value` (one, or one per row) as a list of `count` checked values, None replaced by the neutral one."""
+        if isinstance(value, Tensor):
+            value = value.tolist()
+        if value is None or self.is_one(value):
+            return [self._one(name, value)] * count
+        if len(value) != count:
+            raise ValueError(f"{name} has {len(value)} values for {count} rows; give one value, or one per row")
+        return [self._one(f"{name}: row {row}", item) for row, item in enumerate(value)]
+
+    def _one(self, name: str, item: Any) -> Any:
+        return self.neutral if item is None and self.neutral is not REQUIRED else self.parse(name, item)
 
 
-def per_row(
-    name: str,
-    value: Any,
-    count: int,
-    kind: type,
-    allowed: Callable[[float], bool],
-    says: str,
-    neutral: float | None = None,
-) -> list:
-    """`value` (one, or one per row) as a list of `count` values of type `kind`, None replaced by `neutral`."""
-    if isinstance(value, Tensor):
-        value = value.tolist()
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        return [_one(name, value, kind, allowed, says, neutral)] * count
-    _check_count(name, len(value), count)
-    return [_one(f"{name}: row {row}", item, kind, allowed, says, neutral) for row, item in enumerate(value)]
+REQUIRED = object()
 
 
-def stops_of(stop_ids: Any, count: int) -> list[frozenset[int]]:
-    """One set of stop ids per row, from one id, ids for all rows, or a sequence of ids per row."""
-    if isinstance(stop_ids, Tensor):
-        stop_ids = stop_ids.tolist()
-    if not _is_group(stop_ids) and not isinstance(stop_ids, int):
-        raise ValueError(f"stop_ids is {stop_ids!r}; it must be an id, ids, or one sequence of ids per row")
-    ids: list[Any] = [stop_ids] if isinstance(stop_ids, int) else list(stop_ids)
-    if ids and all(_is_group(item) for item in ids):
-        _check_count("stop_ids", len(ids), count)
-        groups = [list(item) for item in ids]
-    else:
-        groups = [ids] * count
-    for row, group in enumerate(groups):
-        for item in group:
-            if not isinstance(item, int) or isinstance(item, bool) or item < 0:
-                raise ValueError(f"stop_ids: row {row} holds {item!r}; an id is an integer >= 0")
-    return [frozenset(group) for group in groups]
+def number(neutral: Any, allowed: Callable[[Any], bool], says: str, kind: type = float) -> Setting:
+    def parse(name: str, item: Any) -> Any:
+        if isinstance(item, bool) or not isinstance(item, int if kind is int else int | float) or not allowed(item):
+            raise ValueError(f"{name} is {item!r}; it must be {says}")
+        return kind(item)
+
+    return Setting(neutral, lambda value: not isinstance(value, Sequence) or isinstance(value, str), parse)
+
+
+def ids(neutral: Any = frozenset(), *, empty: bool = True) -> Setting:
+    """A set of ids: one id, or a flat group of them."""
+
+    def parse(name: str, item: Any) -> frozenset[int]:
+        if not _is_group(item) and not isinstance(item, int):
+            raise ValueError(f"{name} is {item!r}; it must be an id, ids, or one sequence of ids per row")
+        group = list(item) if _is_group(item) else [item]
+        if not group and not empty:
+            raise ValueError(f"{name} is empty; give at least one id, or None")
+        return frozenset(_id(name, token) for token in group)
+
+    return Setting(
+        neutral, lambda value: not _is_group(value) or not any(_is_group(v) or v is None for v in value), parse
+    )
+
+
+def words() -> Setting:
+    """Sequences of ids: each a word, or another thing that takes some tokens."""
+
+    def parse(name: str, item: Any) -> tuple[tuple[int, ...], ...]:
+        if not _is_group(item) or not all(_is_group(word) and len(word) for word in item):
+            raise ValueError(
+                f"{name} is {item!r}; it must be sequences of ids, as in [[5], [17, 4]], none of them empty"
+            )
+        return tuple(tuple(_id(name, token) for token in word) for word in item)
+
+    def is_one(value: Any) -> bool:
+        return not _is_group(value) or not any(v is None or (_is_group(v) and any(map(_is_group, v))) for v in value)
+
+    return Setting((), is_one, parse)
+
+
+def biases() -> Setting:
+    """What is added to the logit of an id, or of the last of some ids where the others are what the row ends with."""
+
+    def parse(name: str, item: Any) -> dict[tuple[int, ...], float]:
+        if not isinstance(item, Mapping):
+            raise ValueError(f"{name} is {item!r}; it must be a mapping from an id, or a tuple of ids, to a number")
+        for key, value in item.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value < math.inf:
+                raise ValueError(f"{name} adds {value!r} to {key!r}; it must be a number, or -inf to exclude")
+            if isinstance(key, tuple) and not key:
+                raise ValueError(f"{name} names an empty tuple; a key is an id, or a tuple of ids")
+        return {
+            tuple(_id(name, token) for token in (key if isinstance(key, tuple) else (key,))): float(value)
+            for key, value in item.items()
+        }
+
+    return Setting({}, lambda value: not isinstance(value, Sequence), parse)
+
+
+def strings() -> Setting:
+    def parse(name: str, item: Any) -> tuple[str, ...]:
+        group = (item,) if isinstance(item, str) else tuple(item)
+        for text in group:
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"{name} holds {text!r}; a stop string is text of at least one character")
+        return group
+
+    def is_one(value: Any) -> bool:
+        return isinstance(value, str) or all(isinstance(item, str) for item in value)
+
+    return Setting((), is_one, parse)
 
 
 def seeds_of(seed: Any, count: int, fresh: Callable[[int], int]) -> list[tuple[int, int]]:
@@ -68,7 +128,8 @@ def seeds_of(seed: Any, count: int, fresh: Callable[[int], int]) -> list[tuple[i
         seed = fresh(64)
     sources: list[tuple[Any, int]]
     if isinstance(seed, Sequence) and not isinstance(seed, str):
-        _check_count("seed", len(seed), count)
+        if len(seed) != count:
+            raise ValueError(f"seed has {len(seed)} values for {count} rows; give one value, or one per row")
         sources = [(item, 0) for item in seed]
     else:
         sources = [(seed, row) for row in range(count)]
@@ -80,36 +141,11 @@ def seeds_of(seed: Any, count: int, fresh: Callable[[int], int]) -> list[tuple[i
     return sources
 
 
-def order_of(order: str | Sequence[str] | None, settings: dict[str, list]) -> tuple[str, ...]:
-    """The names of the stages in order; every setting that does something must be among them."""
-    if order is None or isinstance(order, str):
-        if (order or "huggingface") not in _ORDERS:
-            raise ValueError(f"order is {order!r}; known by name are {', '.join(map(repr, _ORDERS))}")
-        return _ORDERS[order or "huggingface"]
-    names = tuple(order)
-    for name in names:
-        if name not in STAGES:
-            raise ValueError(f"order names {name!r}; the stages are {', '.join(STAGES)}")
-        if names.count(name) > 1:
-            raise ValueError(f"order names {name!r} more than once")
-    for name, values in settings.items():
-        if name not in names and any(value != STAGES[name].neutral for value in values):
-            raise ValueError(f"{name} is set, but order does not name it; add it to order or leave it away")
-    return names
-
-
-def _one(name: str, item: Any, kind: type, allowed: Callable[[float], bool], says: str, neutral: float | None) -> Any:
-    if item is None and neutral is not None:
-        return neutral
-    if isinstance(item, bool) or not isinstance(item, int if kind is int else int | float) or not allowed(item):
-        raise ValueError(f"{name} is {item!r}; it must be {says}")
-    return kind(item)
-
-
-def _check_count(name: str, found: int, count: int) -> None:
-    if found != count:
-        raise ValueError(f"{name} has {found} values for {count} rows; give one value, or one per row")
+def _id(name: str, token: Any) -> int:
+    if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+        raise ValueError(f"{name} holds {token!r}; an id is an integer >= 0")
+    return token
 
 
 def _is_group(value: object) -> bool:
-    return isinstance(value, Sequence | set | frozenset) and not isinstance(value, str)
+    return isinstance(value, Sequence | AbstractSet) and not isinstance(value, str)

@@ -2,45 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from ._sample import Step
+from ._step import Step
 
 _WINDOW = 32  # tokens that are decoded again with each new one, at most; bounds the cost of a token
 
 
-def stream_text(steps: Iterable[Step], decode: Callable[[list[int]], str], row: int = 0) -> Iterator[str]:
-    """The text of one row of `sample`, in pieces as soon as they are whole; a stop id's text is left out.
+def stream_text(steps: Iterable[Step], decode: Callable[[list[int]], str] | None = None, row: int = 0) -> Iterator[str]:
+    """The text of one row of `sample`, in pieces as soon as they are certain; that of a stop id is left out.
 
-    decode: token ids -> text, such as `tokenizer.decode`. Ends when that row has finished. Joined, the pieces are what
-    decode makes of all tokens at once. Raises ValueError where the steps have no such row. To show several rows at
-    once, give each a `Detokenizer`.
+    decode: token ids -> text, such as `tokenizer.decode`; not needed where `sample` was given it, which with stop
+    strings it must be: then their text is left out too, and what might be the start of one is held back. Ends when
+    that row has finished. Joined, the pieces are what decode makes of all tokens at once. Raises ValueError where the
+    steps have no such row. To show several rows at once, give `decode` to `sample` and take `Step.texts`.
 
     Example:
         >>> steps = [Step((0,), (byte,), (0.0,), (0.0,), (None,)) for byte in "né!".encode()]
         >>> list(stream_text(steps, lambda ids: bytes(ids).decode(errors="replace")))
         ['n', 'é', '!']
     """
-    if not callable(decode):
+    if decode is not None and not callable(decode):
         raise TypeError(f"decode must turn token ids into text, such as tokenizer.decode; got {type(decode)}")
-    return _pieces(steps, Detokenizer(decode), row)
+    return _pieces(steps, decode, row)
 
 
-def _pieces(steps: Iterable[Step], text: Detokenizer, row: int) -> Iterator[str]:
+def _pieces(steps: Iterable[Step], decode: Callable[[list[int]], str] | None, row: int) -> Iterator[str]:
+    text = None if decode is None else Detokenizer(decode)
     seen = False
     for step in steps:
         if row not in step.rows:
             if seen:
-                break
+                continue  # others may gain more tokens at once
             raise ValueError(f"row {row} is not among the rows {step.rows} of the first step")
         seen = True
         index = step.rows.index(row)
-        if step.finished[index] != "stop" and (piece := text.push(step.tokens[index])):
+        if step.texts is not None:
+            piece = step.texts[index]
+        elif text is None:
+            raise ValueError("the steps hold no text; give decode to stream_text, or to sample")
+        else:
+            piece = "" if step.finished[index] == "stop" else text.push(step.tokens[index])
+        if piece:
             yield piece
         if step.finished[index] is not None:
             break
-    if rest := text.flush():
+    if text is not None and (rest := text.flush()):
         yield rest
+
+
+class StopText:
+    """One row's text as it becomes certain, up to the first of `stop_strings` in what was generated.
+
+    Text that might be the start of a stop string is held back until the next tokens tell.
+
+    Example:
+        >>> text = StopText(lambda ids: "".join("ab."[i] for i in ids), ("..",))
+        >>> [text.push(token) for token in (0, 2, 1, 2, 2)]
+        [('a', False), ('', False), ('.b', False), ('', False), ('', True)]
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], stop_strings: Sequence[str] = ()):
+        self._text = Detokenizer(decode)
+        self._stop_strings = stop_strings
+        self._held = ""
+
+    def push(self, token: int, *, may_stop: bool = True) -> tuple[str, bool]:
+        """The text that is now certain, and whether a stop string ended it; with may_stop=False none does."""
+        self._held += self._text.push(token)
+        if not may_stop:
+            piece, self._held = self._held, ""
+            return piece, False
+        found = [place for stop in self._stop_strings if (place := self._held.find(stop)) >= 0]
+        if found:
+            piece, self._held = self._held[: min(found)], ""
+            self._text.flush()
+            return piece, True
+        keep = max((_overlap(self._held, stop) for stop in self._stop_strings), default=0)
+        cut = len(self._held) - keep
+        piece, self._held = self._held[:cut], self._held[cut:]
+        return piece, False
+
+    def flush(self) -> str:
+        """What is still held back, at the end."""
+        piece, self._held = self._held + self._text.flush(), ""
+        return piece
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that `stop` starts with."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class Detokenizer:

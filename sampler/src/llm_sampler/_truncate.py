@@ -1,0 +1,191 @@
+"""Stages that change the shape of the distribution, or keep only some of its tokens.
+
+Each is built from one value per row and narrows `Scores`; the most likely token survives all but typical and XTC, and
+at least one survives each.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ._row import XTC, History
+from ._scores import Scores
+
+NO_LIMIT = 1 << 62
+_LN_2 = math.log(2)
+
+
+def temperature(temperature: list, *, device: torch.device):
+    """Divide by it; where it is 0, keep the most likely token only."""
+    greedy = torch.tensor([t == 0 for t in temperature], device=device).unsqueeze(-1)
+    divisor = column([t or 1.0 for t in temperature], device)
+
+    def apply(scores: Scores, history: History) -> Scores:
+        if all(t == 0 for t in temperature):
+            return scores.best()
+        values = scores.values.div_(divisor) if scores.owned else scores.values / divisor
+        if any(t == 0 for t in temperature):
+            best = scores.best().ids
+            ids = scores.ids if scores.ids is not None else torch.arange(values.shape[-1], device=device)
+            values = values.masked_fill(greedy & (ids != best), -torch.inf)
+        return scores.with_values(values)
+
+    return apply
+
+
+def top_n_sigma(n: list, *, device: torch.device):
+    """Keep logits within n standard deviations of the largest one (Tang et al. 2024); masked ones do not count."""
+    factor = column(n, device)
+
+    def apply(scores: Scores, history: History) -> Scores:
+        values = scores.values
+        present = values > -torch.inf
+        count = present.sum(-1, keepdim=True)
+        known = values.masked_fill(~present, 0)
+        mean = known.sum(-1, keepdim=True) / count
+        variance = ((known - mean).masked_fill_(~present, 0) ** 2).sum(-1, keepdim=True) / count
+        return scores.at_least(values.amax(-1, keepdim=True) - factor * variance.sqrt())
+
+    return apply
+
+
+def top_k(k: list, *, device: torch.device):
+    """Keep the k most likely tokens and every tie with the k-th (Fan et al. 2018)."""
+    largest = max(value for value in k if value != NO_LIMIT)
+    every = NO_LIMIT not in k
+    limited = torch.tensor([value != NO_LIMIT for value in k], device=device).unsqueeze(-1)
+    place = torch.tensor([min(value, largest) - 1 for value in k], device=device).unsqueeze(-1)
+
+    def apply(scores: Scores, history: History) -> Scores:
+        values, head = scores.largest(largest)
+        threshold = values.gather(-1, place.clamp(max=values.shape[-1] - 1))
+        return head.at_least(threshold) if every else scores.at_least(torch.where(limited, threshold, -torch.inf))
+
+    return apply
+
+
+def top_p(p: list, *, device: torch.device):
+    """Keep the smallest set of most likely tokens with mass >= p, the lower id first on ties (Holtzman et al. 2019)."""
+    share = torch.tensor(p, dtype=torch.float64, device=device).unsqueeze(-1)
+
+    def apply(scores: Scores, history: History) -> Scores:
+        highest = scores.values.amax(-1, keepdim=True)
+        needed = share * scores.values.double().sub_(highest).exp_().cumsum_(-1)[:, -1:]
+        needed = needed.masked_fill(share == 1, torch.inf)  # everything, whatever the rounding of the sums
+        head = scores
+        for k in (64, 512, 4096):  # the set is a small one as a rule: look for it there before sorting a vocabulary
+            if scores.values.shape[-1] < 16 * k:
+                break
+            values, head = scores.largest(k)
+            head = head.at_least(values[:, -1:])
+            if bool(((head.values.double() - highest).exp().sum(-1, keepdim=True) > needed).all()):
+                break
+            head = scores
+        return head.masked(_smallest_set(head.values, head.values.double().sub(highest).exp_(), needed))
+
+    return apply
+
+
+def min_p(p: list, *, device: torch.device):
+    """Keep the tokens with at least p times the probability of the most likely one (Nguyen et al. 2024)."""
+    distance = column([math.log(value) if value > 0 else -math.inf for value in p], device)
+
+    def apply(scores: Scores, history: History) -> Scores:
+        return scores.at_least(scores.values.amax(-1, keepdim=True) + distance)
+
+    return apply
+
+
+def typical_p(p: list, *, device: torch.device):
+    """Keep the smallest set with mass >= p of tokens whose surprisal is nearest to the entropy (Meister et al. 2022)."""
+    share = torch.tensor(p, dtype=torch.float64, device=device).unsqueeze(-1)
+
+    def apply(scores: Scores, history: History) -> Scores:
+        logprobs = scores.values.log_softmax(-1)
+        weights = logprobs.double().exp_()
+        distance = (logprobs + _entropy(logprobs)).abs_()  # |-log p - H|, inf where masked
+        needed = (share * weights.sum(-1, keepdim=True)).masked_fill(share == 1, torch.inf)
+        return scores.masked(_smallest_set(-distance, weights, needed))
+
+    return apply
+
+
+def epsilon_cutoff(epsilon: list, *, device: torch.device):
+    """Keep the tokens with probability >= epsilon, and the most likely one (Hewitt et al. 2022)."""
+    threshold = column([math.log(value) if value > 0 else -math.inf for value in epsilon], device)
+
+    def apply(scores: Scores, history: History) -> Scores:
+        return _with_logprob(scores, threshold)
+
+    return apply
+
+
+def eta_cutoff(epsilon: list, *, device: torch.device):
+    """Keep probabilities >= min(epsilon, sqrt(epsilon) * exp(-entropy)), and the largest (Hewitt et al. 2022)."""
+    log_epsilon = column([math.log(value) if value > 0 else -math.inf for value in epsilon], device)
+
+    def apply(scores: Scores, history: History) -> Scores:
+        entropy = _entropy(scores.values.log_softmax(-1))
+        return _with_logprob(scores, torch.minimum(log_epsilon, log_epsilon / 2 - entropy))
+
+    return apply
+
+
+def xtc(probability: list, threshold: list, *, device: torch.device):
+    """With `probability`, drop all tokens that reach `threshold` but the least likely of them, if there are two."""
+    limit = column(threshold, device)
+
+    def apply(scores: Scores, history: History) -> Scores:
+        happens = [row.uniform(XTC) < p for row, p in zip(history.rows, probability, strict=True)]
+        if not any(happens):
+            return scores
+        reach = scores.values.softmax(-1) >= limit
+        least = scores.values.masked_fill(~reach, torch.inf).amin(-1, keepdim=True)
+        places = torch.arange(reach.shape[-1], device=device)
+        last = places.masked_fill(~(reach & (scores.values == least)), -1).amax(
+            -1, keepdim=True
+        )  # the higher id of equals
+        drop = reach & (places != last) & torch.tensor(happens, device=device).unsqueeze(-1)
+        return scores.masked(~drop)
+
+    return apply
+
+
+def mirostat(tau: list, eta: list, *, device: torch.device):
+    """Keep the tokens with at most `mu` bits of surprise, which each row moves so that it meets tau (Basu et al. 2021).
+
+    The second version of it: mu starts at 2 tau and falls by eta * (surprise of the token drawn - tau).
+    """
+    on = torch.tensor([value is not None for value in tau], device=device).unsqueeze(-1)
+
+    def apply(scores: Scores, history: History) -> Scores:
+        mu = column([row.mu for row in history.rows], device)
+        return _with_logprob(scores, torch.where(on, -mu * _LN_2, -torch.inf))
+
+    return apply
+
+
+def column(values: list, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(-1)
+
+
+def _smallest_set(order: Tensor, weights: Tensor, needed: Tensor) -> Tensor:
+    """Which candidates [B, K] are taken, by falling `order` and then rising id, until their weights reach `needed`."""
+    place = order.sort(dim=-1, descending=True, stable=True).indices
+    mass = weights.gather(-1, place).cumsum_(-1)
+    before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], dim=-1)
+    return torch.zeros_like(place, dtype=torch.bool).scatter_(-1, place, before < needed)
+
+
+def _with_logprob(scores: Scores, least: Tensor) -> Scores:
+    """The candidates with log-probability >= least [B, 1], and the most likely ones in any case."""
+    highest = scores.values.amax(-1, keepdim=True)
+    return scores.at_least(torch.minimum(least + scores.values.logsumexp(-1, keepdim=True), highest))
+
+
+def _entropy(logprobs: Tensor) -> Tensor:
+    """Of each row [B, 1], in nats."""
+    return torch.special.entr(logprobs.exp()).sum(-1, keepdim=True)
