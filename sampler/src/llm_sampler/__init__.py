@@ -1,5 +1,7 @@
 """Samples from any causal language model: a function from token ids to logits is all it needs."""
 
+from ._boundary import encode_choices
+from ._perplexity import Perplexity, perplexity
 from ._sample import Steps, generate, sample
 from ._score import Choice, Score, multiple_choice, score
 from ._stages import HUGGING_FACE_ORDER, LLAMA_CPP_ORDER
@@ -13,11 +15,14 @@ __all__ = [
     "Choice",
     "Completion",
     "Detokenizer",
+    "Perplexity",
     "Score",
     "Step",
     "Steps",
+    "encode_choices",
     "generate",
     "multiple_choice",
+    "perplexity",
     "sample",
     "score",
     "stream_text",

@@ -1,23 +1,35 @@
-"""Log-probabilities of given continuations, and choosing between them."""
+"""How likely a model finds given continuations, and choosing between them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from ._forward import Forward, ForwardFunc, padded, rows_of
+from ._boundary import Boundary, encode_choices
+from ._forward import Forward, ForwardFunc, rows_of
+from ._likelihood import Request, log_likelihoods
+
+By: TypeAlias = Literal["sum", "mean", "per_character", "per_byte", "pmi"]
+Context: TypeAlias = Sequence[int] | Tensor | str
+Continuations: TypeAlias = Sequence[Sequence[int]] | Sequence[Tensor] | Tensor | Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Natural log-probabilities of a continuation's tokens; is_greedy: each was the most likely one (ties count)."""
+    """Natural log-probabilities of a continuation's tokens, the end token included where one was asked for.
+
+    is_greedy: greedy sampling would write it. text: what was encoded, where it was given as text. baseline: its
+    log-probability after the baseline, where one was given.
+    """
 
     logprobs: tuple[float, ...]
     is_greedy: bool
+    text: str | None = None
+    baseline: float | None = None
 
     @property
     def sum(self) -> float:
@@ -26,6 +38,33 @@ class Score:
     @property
     def mean(self) -> float:
         return self.sum / len(self.logprobs)
+
+    @property
+    def per_character(self) -> float:
+        """The sum divided by the characters of the text; one leading space is scored, but not counted."""
+        return self.sum / self._size(self._counted())
+
+    @property
+    def per_byte(self) -> float:
+        """The sum divided by the UTF-8 bytes of the text; one leading space is scored, but not counted."""
+        return self.sum / self._size(self._counted().encode())
+
+    @property
+    def pmi(self) -> float:
+        """Pointwise mutual information: how much likelier it is after the context than after the baseline."""
+        if self.baseline is None:
+            raise ValueError("pmi compares with a baseline; give one, such as baseline=[begin-of-text id]")
+        return self.sum - self.baseline if self.sum > -torch.inf else -torch.inf
+
+    def _counted(self) -> str:
+        if self.text is None:
+            raise ValueError("characters and bytes are those of text; give continuations as text, and encode=")
+        return self.text.removeprefix(" ")
+
+    def _size(self, text: str | bytes) -> int:
+        if not text:
+            raise ValueError(f"the continuation {self.text!r} has nothing to count but its leading space")
+        return len(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,66 +78,113 @@ class Choice:
 
 def score(
     forward_func: ForwardFunc,
-    context: Sequence[int] | Tensor,
-    continuations: Sequence[Sequence[int]],
+    context: Context | Sequence[Context],
+    continuations: Continuations | Sequence[Continuations],
     *,
+    encode: Callable[[str], Any] | None = None,
+    boundary: Boundary = "error",
+    begin_ids: Sequence[int] = (),
+    end_id: int | None = None,
+    baseline: Sequence[int] | str | None = None,
     batch_size: int = 32,
     pad_id: int = 0,
     device: torch.device | str | None = None,
-) -> list[Score]:
-    """How likely a model finds each of `continuations` (token ids) after `context` (token ids, at least one).
+) -> Any:  # list[Score], or list[list[Score]] for several contexts
+    """How likely a model finds each of `continuations` after `context`: one `Score` for each.
 
-    One row is computed for each sequence that no other one starts with: choices of one token share a single row.
-    batch_size: rows per forward at most. device: where ids are handed to forward_func, by default that of context.
-    Encode context and continuation together where a tokenizer may join them, and cut behind the context's ids.
+    With several contexts, and a sequence of continuations for each of them, a list of such lists. All are computed in
+    one go: a row for each sequence that no other one starts with, so that choices of one token share a single row.
+
+    Args:
+        forward_func: ids [B, T] -> logits [B, T, V]; of its methods `gather_logprobs(ids, lengths, targets)` is used
+            where it has one, else `last_logits(ids, lengths, n)`.
+        context, continuations: token ids; or text, with `encode`.
+        encode: text -> ids (or something that has `.ids`), as for `encode_choices`, which explains
+            boundary ("error", "separate" or "backoff") and begin_ids too: they say where a continuation begins.
+        end_id: a token that is scored behind each continuation. Without one, a choice that another one starts with
+            always has the larger sum.
+        baseline: the context for `Score.pmi`: ids such as [begin-of-text id], or text such as "Answer:".
+        batch_size: rows per forward at most. pad_id: fills shorter rows. device: where ids are handed to forward_func.
 
     Raises:
-        ValueError: where an argument is wrong, or forward_func returns something other than logits, with what to do.
+        ValueError, TypeError: where an argument is wrong, or forward_func returns something other than logits, with
+            question, continuation and what to do. What forward_func raises itself comes through as it is.
 
     Example:
         >>> import torch
         >>> evenly = lambda ids: torch.zeros(*ids.shape, 4)
         >>> [round(result.sum, 4) for result in score(evenly, [0], [[1], [2, 3]])]
         [-1.3863, -2.7726]
+        >>> yes_or_no = [[1], [2]]
+        >>> [len(scores) for scores in score(evenly, [[0], [3, 0]], [yes_or_no, yes_or_no])]
+        [2, 2]
     """
     forward = Forward(forward_func)
-    contexts, own_device = rows_of(context, "context")
-    if len(contexts) != 1:
-        raise ValueError(f"context holds {len(contexts)} rows; score takes one context, call it once for each")
-    if isinstance(continuations, Sequence) and continuations and isinstance(continuations[0], int):
-        raise ValueError("continuations is one flat sequence of ids; give a sequence of them, as in [[1, 2]]")
-    targets, _ = rows_of(continuations, "continuations")
-    if type(batch_size) is not int or batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size!r}; it must be an integer >= 1")
-    start = len(contexts[0])
-    results: list[Score | None] = [None] * len(targets)
-    for members in _batches(_leaves(targets), targets, start, batch_size):
-        rows = [torch.cat([contexts[0], targets[leaf][:-1]]) for leaf, _ in members]
-        lengths = [len(row) for row in rows]
-        n = max(lengths) - start + 1
-        ids = padded(rows, pad_id, torch.device(device) if device is not None else own_device)
-        logits = forward(ids, lengths, n, f"continuations {[leaf for leaf, _ in members]}")  # (B, n, V)
-        for row, (leaf, covered) in enumerate(members):
-            own = logits[row, n - len(targets[leaf]) :]  # the row's last positions: one for each token of the leaf
-            for index in covered:
-                results[index] = _result(own[: len(targets[index])], targets[index], index)
-    return [result for result in results if result is not None]
+    one = _is_one(context)
+    contexts: list[Any] = [context] if one else list(context)
+    choices: list[Any] = [continuations] if one else list(continuations)
+    if len(contexts) != len(choices):
+        raise ValueError(
+            f"there are {len(contexts)} contexts and {len(choices)} sequences of continuations; give one for each context"
+        )
+    if end_id is not None and (type(end_id) is not int or end_id < 0):
+        raise ValueError(f"end_id is {end_id!r}; it must be a token id >= 0")
+    if len(begin_ids) and encode is None:
+        raise ValueError("begin_ids go before text; with ids, put them at the start of each context")
+    if baseline is not None:
+        baseline = _baseline(baseline, encode, begin_ids)
+    requests: list[Request] = []
+    texts: list[list[str | None]] = []  # of each continuation, for each question
+    for question, (own_context, own_choices) in enumerate(zip(contexts, choices, strict=True)):
+        where = "" if one else f"question {question}: "
+        ids, targets = own_context, own_choices
+        texts.append([None] * len(own_choices))
+        if isinstance(own_context, str):
+            texts[-1] = list(own_choices)
+            try:
+                ids, targets = encode_choices(
+                    _needed(encode), own_context, own_choices, boundary=boundary, begin_ids=begin_ids
+                )
+            except ValueError as error:
+                raise ValueError(f"{where}{error}") from None
+        head, *others = (tuple(row.tolist()) for row in rows_of(ids, f"{where}context")[0])
+        if others:
+            raise ValueError(f"{where}context holds {1 + len(others)} rows; one is needed")
+        end = () if end_id is None else (end_id,)
+        for row, target in enumerate(_targets(targets, where)):
+            name, tail = f"{where}continuations: row {row}", (*target, *end)
+            requests.append(Request(head + tail, len(tail), name))
+            if baseline is not None:
+                requests.append(Request(baseline + tail, len(tail), f"{name}, after the baseline"))
+
+    own_device = contexts[0].device if contexts and isinstance(contexts[0], Tensor) else "cpu"
+    found = iter(
+        log_likelihoods(
+            forward, requests, batch_size=batch_size, pad_id=pad_id, device=torch.device(device or own_device)
+        )
+    )
+    scores: list[list[Score]] = []
+    for own_texts in texts:
+        scores.append([])
+        for text in own_texts:
+            logprobs, is_greedy = next(found)
+            unconditional = float(sum(next(found)[0])) if baseline is not None else None
+            scores[-1].append(Score(logprobs, is_greedy, text, unconditional))
+    return scores[0] if one else scores
 
 
 def multiple_choice(
     forward_func: ForwardFunc,
-    context: Sequence[int] | Tensor,
-    choices: Sequence[Sequence[int]],
+    context: Context | Sequence[Context],
+    choices: Continuations | Sequence[Continuations],
     *,
-    by: Literal["sum", "mean"] = "sum",
-    batch_size: int = 32,
-    pad_id: int = 0,
-    device: torch.device | str | None = None,
-) -> Choice:
-    """Which of `choices` (token ids) a model finds most likely after `context`; the first of equals.
+    by: By = "sum",
+    **options: Any,
+) -> Any:  # Choice, or list[Choice] for several contexts
+    """Which of `choices` a model finds most likely after `context`; the first of equals. With several contexts, a list.
 
-    by: compare log-probabilities summed ("sum", the probability of the whole choice), or per token ("mean", for choices
-    of different length). Other arguments and errors as in `score`.
+    by: what of `Score` is compared: "sum" (the probability of the whole choice), "mean" (per token), "per_character" or
+    "per_byte" (choices as text), or "pmi" (with a baseline). Other arguments and errors as in `score`.
 
     Example:
         >>> import torch
@@ -106,55 +192,53 @@ def multiple_choice(
         >>> multiple_choice(lambda ids: after[ids], [0], [[2], [1]]).index
         1
     """
-    if by not in ("sum", "mean"):
-        raise ValueError(f"by is {by!r}; it must be 'sum' or 'mean'")
-    scores = score(forward_func, context, choices, batch_size=batch_size, pad_id=pad_id, device=device)
+    if by not in get_args(By):
+        raise ValueError(f"by is {by!r}; it must be one of {', '.join(get_args(By))}")
+    if by == "pmi" and options.get("baseline") is None:
+        raise ValueError("by='pmi' compares with a baseline; give one, such as baseline=[begin-of-text id]")
+    if by in ("per_character", "per_byte") and options.get("encode") is None:
+        raise ValueError(f"by={by!r} counts what text has; give context and choices as text, and encode=")
+    one = _is_one(context)
+    questions = score(forward_func, context, choices, **options)
+    answers = [
+        _choice(scores, by, "" if one else f"question {question}: ")
+        for question, scores in enumerate([questions] if one else questions)
+    ]
+    return answers[0] if one else answers
+
+
+def _choice(scores: list[Score], by: By, where: str) -> Choice:
     values = torch.tensor([getattr(result, by) for result in scores], dtype=torch.float64)
     if bool((values == -torch.inf).all()):
-        raise ValueError("every choice has probability 0; check that the choices' ids belong to this model")
+        raise ValueError(f"{where}every choice has probability 0; check that the choices' ids belong to this model")
     return Choice(int(values.argmax()), tuple(scores), tuple(values.softmax(0).tolist()))
 
 
-def _leaves(targets: Sequence[Tensor]) -> list[tuple[int, list[int]]]:
-    """(index, indices it covers): one covers another whose ids, all but the last of which are fed, it starts with."""
-    fed = [tuple(target[:-1].tolist()) for target in targets]
-    leaves: list[tuple[int, list[int]]] = []
-    for index in sorted(range(len(targets)), key=lambda index: fed[index], reverse=True):  # longer before its prefixes
-        if leaves and fed[leaves[-1][0]][: len(fed[index])] == fed[index]:
-            leaves[-1][1].append(index)
-        else:
-            leaves.append((index, [index]))
-    return leaves
+def _is_one(context: Any) -> bool:
+    if isinstance(context, Tensor):
+        return context.dim() < 2
+    return isinstance(context, str) or len(context) == 0 or isinstance(context[0], int)
 
 
-def _batches(
-    leaves: list[tuple[int, list[int]]], targets: Sequence[Tensor], start: int, size: int
-) -> Iterator[list[tuple[int, list[int]]]]:
-    """Batches of at most `size` rows in which the longest continuation is no longer than the shortest row."""
-    batch: list[tuple[int, list[int]]] = []
-    for leaf in sorted(leaves, key=lambda leaf: len(targets[leaf[0]])):
-        if batch and (len(batch) == size or len(targets[leaf[0]]) > start + len(targets[batch[0][0]]) - 1):
-            yield batch
-            batch = []
-        batch.append(leaf)
-    yield batch
+def _targets(targets: Any, where: str) -> list[tuple[int, ...]]:
+    name = f"{where}continuations"
+    if isinstance(targets, str) or any(isinstance(target, str) for target in targets):
+        raise TypeError(f"{name} are text, and the context is ids; give both as text and encode=, or both as ids")
+    if len(targets) and isinstance(targets[0], int):
+        raise ValueError(f"{name} is one flat sequence of ids; give a sequence of them, as in [[1, 2]]")
+    return [tuple(row.tolist()) for row in rows_of(targets, name)[0]]
 
 
-@torch.no_grad()
-def _result(logits: Tensor, target: Tensor, index: int) -> Score:
-    """logits [n, V] and the n tokens that were to come."""
-    target = target.to(logits.device)
-    if int(target.max()) >= logits.shape[-1]:
-        raise ValueError(
-            f"continuations: row {index} holds the id {int(target.max())}, and the vocabulary has {logits.shape[-1]}; "
-            "does the tokenizer belong to this model?"
-        )
-    logits = logits.float()
-    highest = logits.amax(-1)
-    if not bool(highest.isfinite().all()):
-        raise ValueError(
-            f"continuations: row {index} met logits that are NaN, +inf, or all -inf; forward_func must return finite "
-            "logits, -inf only for what is excluded (float16 that overflows is a common cause)"
-        )
-    chosen = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
-    return Score(tuple((chosen - logits.logsumexp(-1)).tolist()), bool((chosen == highest).all()))
+def _baseline(baseline: Any, encode: Callable[[str], Any] | None, begin_ids: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(baseline, str):
+        baseline, _ = encode_choices(_needed(encode), baseline, [], begin_ids=begin_ids)
+    rows, _ = rows_of(baseline, "baseline")
+    if len(rows) != 1:
+        raise ValueError(f"baseline holds {len(rows)} rows; one context is needed, the same for all")
+    return tuple(rows[0].tolist())
+
+
+def _needed(encode: Callable[[str], Any] | None) -> Callable[[str], Any]:
+    if encode is None:
+        raise ValueError("context is text; give encode=, such as tokenizer.encode, or token ids")
+    return encode
