@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -10,57 +11,110 @@ import transformers
 from torch import Tensor
 
 import llm_sampler
-from llm_sampler._scores import Scores
-from llm_sampler._stages import History, chain
+from llm_sampler._prepare import prepared
+from llm_sampler._sampler import Drawn
 
 VOCABULARY = 32_003
+PROMPT, GENERATED = 30, 10
+DEFAULTS = {name: p.default for name, p in inspect.signature(llm_sampler.sample).parameters.items()}
 
 
-def ours(logits: Tensor, ids: Tensor, prompt: int, **options: float) -> Tensor:
-    """The logits over the vocabulary after the stages, in Hugging Face's order."""
-    rows = len(logits)
-    settings = {name: [value] * rows for name, value in options.items()}
-    history = History(ids, [ids.shape[1]] * rows, [prompt] * rows)
-    scores = Scores(logits, None, logits.shape[-1])
-    order = [name for name in llm_sampler.HUGGING_FACE_ORDER if name in options]
-    for stage in chain(order, settings, range(rows), logits.device):
-        scores = stage(scores, history)
-    return scores.widened().values
+def ours(logits: Tensor, ids: Tensor, **options: Any) -> Tensor:
+    """The logits over the vocabulary after all stages; the rows were given PROMPT of the ids and drew the others."""
+    rows, sampler = prepared({**DEFAULTS, "input_ids": ids[:, :PROMPT], "max_new_tokens": GENERATED + 1, **options})
+    for column in ids[:, PROMPT:].T.tolist():
+        sampler.accept(rows, [Drawn(token, 0.0, 0.0) for token in column])
+    return sampler.process(logits, rows).scores.widened().values
 
 
-def theirs(logits: Tensor, ids: Any, **options: float) -> Tensor:
-    kinds = {
-        "repetition_penalty": transformers.RepetitionPenaltyLogitsProcessor,
-        "temperature": transformers.TemperatureLogitsWarper,
-        "top_k": transformers.TopKLogitsWarper,
-        "top_p": transformers.TopPLogitsWarper,
-        "min_p": transformers.MinPLogitsWarper,
-    }
-    chosen = [kinds[name](options[name]) for name in kinds if name in options]
-    for processor in chosen:
-        logits = processor(ids, logits.clone())  # type: ignore[arg-type]
+def theirs(logits: Tensor, ids: Any, *processors: Any) -> Tensor:
+    for processor in processors:
+        logits = processor(ids, logits.clone())
     return logits
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"repetition_penalty": 1.3},
-        {"temperature": 0.7},
-        {"top_k": 50},
-        {"top_p": 0.9},
-        {"min_p": 0.05},
-        {"repetition_penalty": 1.1, "temperature": 0.8, "top_k": 50, "top_p": 0.9},
-        {"repetition_penalty": 0.8, "temperature": 1.4, "top_k": 200, "top_p": 0.7, "min_p": 0.02},
-    ],
-    ids=lambda options: "+".join(options),
-)
+def some(*places: int) -> list[int]:
+    """Ids at these places of the last row, so that what names them has something to do."""
+    return [int(IDS[-1, place]) for place in places]
+
+
+GENERATOR = torch.Generator().manual_seed(0)
+IDS = torch.randint(VOCABULARY, (3, PROMPT + GENERATED), generator=GENERATOR)
+IDS[0, 20:24] = IDS[0, 36:40]  # a row that repeats itself: three tokens, and what came next
+IDS[0, 37:40] = IDS[0, 20:23]
+WORDS = [[5], [*some(-1), 77], [*some(-3, -2, -1), 78], [*some(-4, -2, -1), 79], some(7, 8)]
+BIAS = {(7,): 2.5, (31_000,): -3.0, (*some(-1), 9): 4.0, (*some(-2, -1), 10): -1.5, (*some(-1, -2), 11): 9.0}
+STOPS = [17, 60, 61, 62, 63, 64]
+CASES: dict[str, tuple[dict[str, Any], list[Any]]] = {
+    "repetition": ({"repetition_penalty": 1.3}, [transformers.RepetitionPenaltyLogitsProcessor(1.3)]),
+    "bias": (
+        {"logit_bias": BIAS},
+        [transformers.SequenceBiasLogitsProcessor([[list(key), value] for key, value in BIAS.items()])],
+    ),
+    "bad words": ({"bad_words_ids": WORDS}, [transformers.NoBadWordsLogitsProcessor(WORDS)]),
+    "suppressed": ({"bad_words_ids": [[1], [2]]}, [transformers.SuppressTokensLogitsProcessor([1, 2])]),
+    "one of each": ({"no_repeat_ngram_size": 1}, [transformers.NoRepeatNGramLogitsProcessor(1)]),
+    "no 3-gram": ({"no_repeat_ngram_size": 3}, [transformers.NoRepeatNGramLogitsProcessor(3)]),
+    "no 5-gram": ({"no_repeat_ngram_size": 5}, [transformers.NoRepeatNGramLogitsProcessor(5)]),
+    "minimum not reached": (
+        {"min_new_tokens": GENERATED + 1, "stop_ids": STOPS},
+        [transformers.MinNewTokensLengthLogitsProcessor(PROMPT, GENERATED + 1, STOPS)],
+    ),
+    "minimum reached": (
+        {"min_new_tokens": GENERATED, "stop_ids": STOPS},
+        [transformers.MinNewTokensLengthLogitsProcessor(PROMPT, GENERATED, STOPS)],
+    ),
+    "allowed": (
+        {"allowed_token_ids": [*range(9), 31_999]},
+        [transformers.PrefixConstrainedLogitsProcessor(lambda row, ids: [*range(9), 31_999], 1)],
+    ),
+    "temperature": ({"temperature": 0.7}, [transformers.TemperatureLogitsWarper(0.7)]),
+    "top-k": ({"top_k": 50}, [transformers.TopKLogitsWarper(50)]),
+    "top-p": ({"top_p": 0.9}, [transformers.TopPLogitsWarper(0.9)]),
+    "min-p": ({"min_p": 0.05}, [transformers.MinPLogitsWarper(0.05)]),
+    "typical": ({"typical_p": 0.8}, [transformers.TypicalLogitsWarper(0.8)]),
+    "typical, narrow": ({"typical_p": 0.1}, [transformers.TypicalLogitsWarper(0.1)]),
+    "epsilon": ({"epsilon_cutoff": 3e-4}, [transformers.EpsilonLogitsWarper(3e-4)]),
+    "epsilon, none reach it": ({"epsilon_cutoff": 0.9}, [transformers.EpsilonLogitsWarper(0.9)]),
+    "eta": ({"eta_cutoff": 0.02}, [transformers.EtaLogitsWarper(0.02)]),
+    "eta, high": ({"eta_cutoff": 0.3}, [transformers.EtaLogitsWarper(0.3)]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("scale", [0.5, 2.0, 6.0])
-def test_stages_equal_hugging_faces_processors(options: dict[str, float], scale: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, VOCABULARY, generator=generator) * scale
-    ids = torch.randint(VOCABULARY, (3, 40), generator=generator)
-    torch.testing.assert_close(ours(logits, ids, 10, **options), theirs(logits, ids, **options), atol=1e-6, rtol=1e-6)
+def test_each_stage_equals_hugging_faces_processor(case: str, scale: float) -> None:
+    options, processors = CASES[case]
+    logits = torch.randn(len(IDS), VOCABULARY, generator=torch.Generator().manual_seed(1)) * scale
+    got, want = ours(logits, IDS, **options), theirs(logits, IDS, *processors)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
+    reached = case not in ("minimum reached", "no 5-gram")
+    assert torch.equal(got, logits) != reached, "the case does something, unless it must not"
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0, 6.0])
+@pytest.mark.parametrize("foreign", [False, True])
+def test_all_together_equal_hugging_faces_in_their_order(scale: float, foreign: bool) -> None:
+    """With foreign=True the processors are theirs, one set for each row, and only the warpers ours."""
+    order = ["bias", "repetition", "no 3-gram", "bad words", "minimum not reached"]
+    warpers = ["temperature", "top-k", "top-p", "min-p", "typical", "epsilon", "eta"]
+    own = [name for name in order + warpers if not foreign or name in warpers]
+    options = {name: value for case in own for name, value in CASES[case][0].items()}
+    options |= {"top_k": 2000, "min_p": 0.001}
+    if foreign:
+        options["processors"] = lambda row: transformers.LogitsProcessorList(
+            [
+                transformers.SequenceBiasLogitsProcessor([[list(key), value] for key, value in BIAS.items()]),
+                transformers.RepetitionPenaltyLogitsProcessor(1.3),
+                transformers.NoRepeatNGramLogitsProcessor(3),
+                transformers.NoBadWordsLogitsProcessor(WORDS),
+                transformers.MinNewTokensLengthLogitsProcessor(PROMPT, GENERATED + 1, STOPS),
+            ]
+        )
+    logits = torch.randn(len(IDS), VOCABULARY, generator=torch.Generator().manual_seed(1)) * scale
+    processors = [processor for case in order + warpers for processor in CASES[case][1]]
+    processors[6:9:2] = [transformers.TopKLogitsWarper(2000), transformers.MinPLogitsWarper(0.001)]
+    torch.testing.assert_close(ours(logits, IDS, **options), theirs(logits, IDS, *processors), atol=1e-6, rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +133,6 @@ def model() -> transformers.PreTrainedModel:
 
 
 PROMPTS = [[5, 9, 100, 3], [7], [8, 8, 1, 0, 44, 13, 2]]
-STOPS = [17, 60, 61, 62, 63, 64]
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.4])

@@ -43,6 +43,27 @@ class LastOnly(Causal):
         return torch.stack([row[end - n : end] for row, end in zip(full, lengths.tolist(), strict=True)])
 
 
+class Alternating:
+    """A processor with state: it counts how often it was called, and must have been once for each token."""
+
+    def __init__(self) -> None:
+        self.length: int | None = None
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        assert ids.shape[0] == scores.shape[0] == 1
+        assert self.length in (None, ids.shape[1] - 1)
+        self.length = ids.shape[1]
+        return scores + 0.5 * (torch.arange(VOCABULARY) % 2 == self.length % 2)
+
+
+class Odd:
+    """A processor that writes into what it is given."""
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        scores[:, int(ids[0, -1])] -= 1.0
+        return scores
+
+
 SETTINGS: list[dict] = [
     {},
     {"temperature": 0.0},
@@ -50,6 +71,12 @@ SETTINGS: list[dict] = [
     {"top_p": 0.7, "repetition_penalty": 1.5},
     {"min_p": 0.1, "presence_penalty": 0.6, "frequency_penalty": 0.3},
     {"temperature": 0.0, "frequency_penalty": 2.0},
+    {"logit_bias": {3: 2.0, (1, 5): -4.0, 9: -math.inf}, "top_n_sigma": 1.5},
+    {"bad_words_ids": [[4], [1, 2], [7, 7, 7]], "typical_p": 0.7},
+    {"allowed_token_ids": [1, 2, 3, 4, 9, 16], "xtc_probability": 0.7, "xtc_threshold": 0.05},
+    {"dry_multiplier": 0.8, "dry_allowed_length": 1, "dry_sequence_breakers": [5], "dry_penalty_last_n": 9},
+    {"no_repeat_ngram_size": 2, "mirostat_tau": 2.0, "mirostat_eta": 0.5},
+    {"min_new_tokens": 1, "epsilon_cutoff": 0.05, "eta_cutoff": 0.1},
 ]
 prompts = st.lists(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=6), min_size=1, max_size=5)
 
@@ -60,6 +87,7 @@ def test_a_batch_equals_its_rows_alone_in_any_order(rows: list[list[int]], data:
     count = len(rows)
     chosen = [data.draw(st.sampled_from(SETTINGS)) for _ in rows]
     each = {name: [c.get(name) for c in chosen] for name in {name for c in chosen for name in c}}
+    own = [data.draw(st.sampled_from([None, Alternating, Odd])) for _ in rows]
     lengths = [data.draw(st.integers(1, 6)) for _ in rows]
     stops = [data.draw(st.lists(st.integers(0, VOCABULARY - 1), max_size=3)) for _ in rows]
     seeds = [data.draw(st.integers(0, 3)) for _ in rows]
@@ -74,6 +102,7 @@ def test_a_batch_equals_its_rows_alone_in_any_order(rows: list[list[int]], data:
             max_new_tokens=[lengths[i] for i in indices],
             stop_ids=[stops[i] for i in indices],
             seed=[seeds[i] for i in indices],
+            processors=lambda row: own[indices[row]] and own[indices[row]](),
             **options,
         )
 

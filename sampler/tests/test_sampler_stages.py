@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llm_sampler import HUGGING_FACE_ORDER, LLAMA_CPP_ORDER
+from llm_sampler._repeats import Repeats
 from llm_sampler._row import History, Row, Table
 from llm_sampler._scores import Scores
 from llm_sampler._stages import STAGES
@@ -120,6 +121,141 @@ def test_penalties_after_a_narrowing_stage_bring_nothing_back() -> None:
     narrow = STAGES["top_k"].build([1], device=CPU)(Scores(torch.tensor([[1.0, 2.0, 0.0]]), None, 3), history)
     out = STAGES["frequency_penalty"].build([0.5], device=CPU)(narrow, history)
     assert out.values.tolist() == [[-INF, 1.5, -INF]]
+
+
+def test_bias_is_added_to_an_id_or_to_the_last_of_several() -> None:
+    history = history_of(([1, 2], []), ([2], []))
+    bias = {(0,): 1.5, (2, 3): -1.0, (1, 2, 0): 2.0, (1, 1): 9.0, (3,): -INF}
+    out = apply("logit_bias", torch.zeros(2, 4), [bias, bias], history=history)
+    assert out.tolist() == [[3.5, 0, 0, -INF], [1.5, 0, 0, -INF]]
+
+
+def test_bad_words_may_not_be_completed() -> None:
+    history = history_of(([1, 2], []), ([2], []))
+    out = apply("bad_words_ids", torch.zeros(2, 4), [((0,), (1, 2, 3)), ((1, 2, 3), (2, 2))], history=history)
+    assert out.tolist() == [[-INF, 0, 0, -INF], [0, 0, -INF, 0]]
+
+
+def test_allowed_ids_exclude_all_others_in_rows_that_name_them() -> None:
+    out = apply("allowed_token_ids", torch.arange(5.0).expand(3, 5), [frozenset([1, 3]), None, frozenset([0])])
+    assert out.tolist() == [[-INF, 1, -INF, 3, -INF], [0, 1, 2, 3, 4], [0, -INF, -INF, -INF, -INF]]
+
+
+def test_stop_ids_are_excluded_until_the_minimum_is_reached() -> None:
+    history = history_of(([1], []), ([1], [2]), stops=[0, 3])
+    out = apply("min_new_tokens", torch.zeros(2, 4), [1, 1], history=history)
+    assert out.tolist() == [[-INF, 0, 0, -INF], [0, 0, 0, 0]]
+
+
+def test_no_ngram_occurs_twice_prompt_included() -> None:
+    history = history_of(([1, 2, 3, 1], [2]), ([1, 2, 3, 3], []), ([1, 2], []))
+    logits = torch.zeros(3, 4)
+    assert apply("no_repeat_ngram_size", logits, [3, 2, 1], history=history).tolist() == [
+        [0, 0, 0, -INF],
+        [0, 0, 0, -INF],
+        [0, -INF, -INF, 0],
+    ]
+
+
+def test_top_n_sigma_counts_no_masked_token() -> None:
+    assert kept("top_n_sigma", [0.0, 1.0, 2.0, 3.0, -INF], 1.0) == [2, 3]  # the deviation is 1.118
+    assert kept("top_n_sigma", [0.0, 1.0, 2.0, 3.0, -INF], 0.0) == [3]
+
+
+def test_typical_prefers_what_is_as_surprising_as_expected() -> None:
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log().tolist()  # entropy 1.75 bits: 2 bits are the nearest
+    assert kept("typical_p", logits, 0.2) == [1]
+    assert kept("typical_p", logits, 0.6) == [0, 1]
+    assert kept("typical_p", logits, 0.76) == [0, 1, 2]  # the lower id of equals
+
+
+def test_epsilon_and_eta_keep_the_most_likely_whatever_the_threshold() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().tolist()
+    assert kept("epsilon_cutoff", logits, 0.2) == [0, 1]
+    assert kept("epsilon_cutoff", logits, 0.9) == [0]
+    entropy = -sum(p * math.log(p) for p in (0.5, 0.3, 0.15, 0.05))  # 1.14
+    assert min(0.1, math.sqrt(0.1) * math.exp(-entropy)) == 0.1
+    assert kept("eta_cutoff", logits, 0.1) == [0, 1, 2]
+    assert 0.15 < min(0.8, math.sqrt(0.8) * math.exp(-entropy)) < 0.3
+    assert kept("eta_cutoff", logits, 0.8) == [0, 1]
+
+
+def test_xtc_happens_with_its_probability_and_leaves_the_least_likely_choice() -> None:
+    size = 4000
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(size, -1)
+    out = apply("xtc", logits, [0.3] * size, [0.15] * size, history=history_of(*[([0], [])] * size))
+    kinds = {(False, False, True, True), (True, True, True, True)}
+    assert {tuple(row) for row in out.isfinite().tolist()} == kinds
+    assert float((out[:, 0] == -INF).float().mean()) == pytest.approx(0.3, abs=4 * math.sqrt(0.21 / size))
+
+
+def test_xtc_needs_two_choices_and_takes_the_higher_id_of_equals() -> None:
+    logits = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.3, 0.3, 0.3, 0.1]]).log()
+    out = apply("xtc", logits, [1.0, 1.0], [0.2, 0.2]).isfinite()
+    assert out.tolist() == [[True] * 4, [False, False, True, True]]
+
+
+def test_mirostat_keeps_what_surprises_by_at_most_mu_and_moves_it_by_what_was_drawn() -> None:
+    row = Row(0, [1], 1, end=9, shortest=0, key=0, stops=frozenset(), mirostat_tau=0.75, mirostat_eta=0.5)
+    history = History(Table([row], 0, CPU), [row], CPU)
+    logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()  # 1, 2, 3 and 3 bits
+    assert row.mu == 1.5
+    assert apply("mirostat", logits, [0.75], [0.5], history=history).isfinite().tolist() == [
+        [True, False, False, False]
+    ]
+    row.take(0, -3 * math.log(2))
+    assert row.mu == pytest.approx(1.5 - 0.5 * (3 - 0.75))
+    assert apply("mirostat", logits, [0.75], [0.5], history=history).isfinite().tolist() == [
+        [True, False, False, False]
+    ]
+    row.mu = 2.5
+    assert apply("mirostat", logits, [0.75], [0.5], history=history).isfinite().tolist() == [[True, True, False, False]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(0, 40), st.sets(st.integers(0, 3), max_size=2))
+def test_repeats_are_those_of_the_definition_given_at_once_or_token_by_token(
+    ids: list[int], start: int, breakers: set[int]
+) -> None:
+    start = min(start, len(ids))
+    followed = Repeats(ids[:start], breakers)
+    for token in ids[start:]:
+        followed.push(token)
+    expected = []
+    for place in range(1, len(ids)):
+        length = 0
+        while length < place and ids[place - 1 - length] == ids[-1 - length] and ids[-1 - length] not in breakers:
+            length += 1
+        if length:
+            expected.append((place, length))
+    assert sorted(followed) == sorted(Repeats(ids, breakers)) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.integers(1, 4), st.integers(1, 45))
+def test_dry_penalises_by_the_longest_repeat_that_a_token_extends(ids: list[int], allowed: int, last_n: int) -> None:
+    window = ids[-last_n:]
+    out = apply(
+        "dry", torch.zeros(1, 6), [2.0], [1.5], [allowed], [frozenset([5])], [last_n], history=history_of((ids, []))
+    )
+    for token in range(6):
+        longest = 0
+        for place in range(1, len(window)):
+            length = 0
+            while length < place and window[place - 1 - length] == window[-1 - length] != 5:
+                length += 1
+            if window[place] == token != 5:
+                longest = max(longest, length)
+        expected = -2.0 * 1.5 ** (longest - allowed) if longest >= allowed else 0.0
+        assert float(out[0, token]) == pytest.approx(expected)
+
+
+def test_dry_does_not_overflow() -> None:
+    out = apply(
+        "dry", torch.zeros(1, 2), [1.0], [4.0], [1], [frozenset()], [9999], history=history_of(([0] * 2000, []))
+    )
+    assert -INF < float(out[0, 0]) < -1e30
+    assert float(out[0, 1]) == 0
 
 
 def test_orders_name_every_stage_once() -> None:

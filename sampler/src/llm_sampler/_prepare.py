@@ -9,21 +9,23 @@ from typing import Any
 import torch
 
 from ._draw import row_key
-from ._forward import Rows, rows_of
+from ._forward import rows_of
 from ._processors import processors_of
 from ._row import Row, Table
 from ._sampler import Sampler
 from ._settings import REQUIRED, ids, number, seeds_of, strings
 from ._stages import order_of, settings_of
-from ._text import StopText
+from ._text import StopText, check_decode
 
 _BUDGET = number(REQUIRED, lambda v: v >= 1, "an integer >= 1", int)
 _TOP = number(0, lambda v: v >= 0, "an integer >= 0", int)
 
 
-def prepared(input_ids: Rows, given: Mapping[str, Any]) -> tuple[list[Row], Sampler]:
-    """The rows and their sampler, from the keyword arguments of `sample`."""
-    prompts, device = rows_of(input_ids)
+def prepared(given: Mapping[str, Any]) -> tuple[list[Row], Sampler]:
+    """The rows and their sampler, from the arguments of `sample` by name."""
+    prompts, device = rows_of(given["input_ids"])
+    if given["device"] is not None:
+        device = torch.device(given["device"])
     count = len(prompts)
     vocab_size, pad_id, decode = given["vocab_size"], given["pad_id"], given["decode"]
     if not (type(vocab_size) is int and vocab_size >= 1) and vocab_size is not None:
@@ -39,8 +41,8 @@ def prepared(input_ids: Rows, given: Mapping[str, Any]) -> tuple[list[Row], Samp
     stop_strings = strings().per_row("stop_strings", given["stop_strings"], count)
     if decode is None and any(stop_strings):
         raise ValueError("stop_strings are looked for in text; give decode too, such as tokenizer.decode")
-    if decode is not None and not callable(decode):
-        raise TypeError(f"decode must turn token ids into text, such as tokenizer.decode; got {type(decode)}")
+    if decode is not None:
+        check_decode(decode)
     stops = ids().per_row("stop_ids", given["stop_ids"], count)
     sources = seeds_of(given["seed"], count, secrets.randbits)
     rows = [
@@ -60,7 +62,7 @@ def prepared(input_ids: Rows, given: Mapping[str, Any]) -> tuple[list[Row], Samp
         for index, prompt in enumerate(prompts)
     ]
     sampler = Sampler(
-        Table(rows, pad_id, torch.device(given["device"]) if given["device"] is not None else device),
+        Table(rows, pad_id, device),
         settings,
         order,
         vocab_size=vocab_size,

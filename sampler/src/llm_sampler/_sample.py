@@ -88,9 +88,9 @@ def sample(
         >>> [step.tokens for step in sample(lambda ids: after[ids], [[0], [1]], max_new_tokens=2, temperature=0)]
         [(1, 2), (2, 0)]
     """
-    settings = {name: value for name, value in locals().items() if name not in ("forward_func", "input_ids")}
+    arguments = dict(locals())
     forward = Forward(forward_func)
-    rows, sampler = prepared(input_ids, settings)
+    rows, sampler = prepared(arguments)
     cancelled: set[int] = set()
     return Steps(_steps(forward, rows, sampler, cancelled), cancelled, len(rows))
 

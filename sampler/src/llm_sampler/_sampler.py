@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ._draw import draw
-from ._row import Finished, History, Row, Table
+from ._row import History, Row, Table
 from ._scores import Scores
 from ._stages import Apply, chain
-from ._step import Step, Top
+from ._step import Finished, Step, Top
 
 _PART = 1 << 20  # logits that are worked on at once on a CPU: what they take stays in its cache
 

@@ -59,9 +59,9 @@ def ids(neutral: Any = frozenset(), *, empty: bool = True) -> Setting:
     """A set of ids: one id, or a flat group of them."""
 
     def parse(name: str, item: Any) -> frozenset[int]:
-        if not _is_group(item) and not isinstance(item, int):
+        group = [item] if isinstance(item, int) else item
+        if not _is_group(group):
             raise ValueError(f"{name} is {item!r}; it must be an id, ids, or one sequence of ids per row")
-        group = list(item) if _is_group(item) else [item]
         if not group and not empty:
             raise ValueError(f"{name} is empty; give at least one id, or None")
         return frozenset(_id(name, token) for token in group)

@@ -22,8 +22,8 @@ def stream_text(steps: Iterable[Step], decode: Callable[[list[int]], str] | None
         >>> list(stream_text(steps, lambda ids: bytes(ids).decode(errors="replace")))
         ['n', 'é', '!']
     """
-    if decode is not None and not callable(decode):
-        raise TypeError(f"decode must turn token ids into text, such as tokenizer.decode; got {type(decode)}")
+    if decode is not None:
+        check_decode(decode)
     return _pieces(steps, decode, row)
 
 
@@ -49,6 +49,11 @@ def _pieces(steps: Iterable[Step], decode: Callable[[list[int]], str] | None, ro
             break
     if text is not None and (rest := text.flush()):
         yield rest
+
+
+def check_decode(decode: object) -> None:
+    if not callable(decode):
+        raise TypeError(f"decode must turn token ids into text, such as tokenizer.decode; got {type(decode)}")
 
 
 class StopText:
