@@ -1,5 +1,6 @@
 """Samples from any causal language model: a function from token ids to logits is all it needs."""
 
+from ._beam import Beam, beam_search
 from ._boundary import encode_choices
 from ._perplexity import Perplexity, perplexity
 from ._sample import Steps, generate, sample
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 __all__ = [
     "HUGGING_FACE_ORDER",
     "LLAMA_CPP_ORDER",
+    "Beam",
     "Choice",
     "Completion",
     "Detokenizer",
@@ -19,6 +21,7 @@ __all__ = [
     "Score",
     "Step",
     "Steps",
+    "beam_search",
     "encode_choices",
     "generate",
     "multiple_choice",
