@@ -2,6 +2,7 @@
 
 from ._beam import Beam, beam_search
 from ._boundary import encode_choices
+from ._constraints import choices, regex
 from ._perplexity import Perplexity, perplexity
 from ._sample import Steps, generate, sample
 from ._score import Choice, Score, multiple_choice, score
@@ -22,10 +23,12 @@ __all__ = [
     "Step",
     "Steps",
     "beam_search",
+    "choices",
     "encode_choices",
     "generate",
     "multiple_choice",
     "perplexity",
+    "regex",
     "sample",
     "score",
     "stream_text",

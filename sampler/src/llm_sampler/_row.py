@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -41,8 +41,10 @@ class Row:
     mirostat_eta: float = 0.0
     mu: float = field(init=False)
     _repeats: dict[frozenset[int], Repeats] = field(default_factory=dict)
+    _completions: list[Callable[[list[int]], bool]] = field(init=False)
 
     def __post_init__(self) -> None:
+        self._completions = [own.is_complete for own in self.processors if hasattr(own, "is_complete")]
         self.mu = 2 * (self.mirostat_tau or 0.0)
 
     @property
@@ -75,7 +77,7 @@ class Row:
             piece, at_stop_string = self.text.push(token, may_stop=self.step >= self.shortest)
         if at_stop_string:
             finished = "stop_string"
-        elif finished is None and any(getattr(processor, "is_complete", False) for processor in self.processors):
+        elif finished is None and any(complete(self.ids) for complete in self._completions):
             finished = "complete"
         elif finished is None and len(self.ids) == self.end:
             finished = "length"
