@@ -4,14 +4,17 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import llm_sepweight
 from llm_sepweight import WeightError
+from llm_sepweight._checksum import checksum
 from llm_sepweight._spec import chosen
 
 
@@ -19,6 +22,10 @@ from llm_sepweight._spec import chosen
 def directory(checkpoint, layout, tmp_path) -> Path:
     llm_sepweight.split(checkpoint, tmp_path / "split", layout=layout)
     return tmp_path / "split"
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def assert_same(weights: llm_sepweight.WeightStore, expected) -> None:
@@ -77,13 +84,26 @@ def test_the_manifest_says_what_each_file_holds(directory):
     for part, fields in manifest["parts"].items():
         assert fields["file"] == f"{part}.safetensors"
         assert fields["nbytes"] == (directory / fields["file"]).stat().st_size
-    assert manifest["parts"]["mid.00001"]["tensors"]["experts.weight"] == {"dtype": "F16", "shape": [2, 9, 24]}
+        assert fields["checksum"] == checksum((directory / fields["file"]).read_bytes())
+    experts = manifest["parts"]["mid.00001"]["tensors"]["experts.weight"]
+    keys = [f"layers.1.experts.{expert}.weight" for expert in range(2)]
+    assert experts == {"dtype": "F16", "shape": [2, 9, 24], "keys": keys}
+    assert set(manifest["files"]) == {"config.json", "tokenizer.json"}
+    for name, fields in manifest["files"].items():
+        data = (directory / name).read_bytes()
+        assert fields == {"nbytes": len(data), "checksum": checksum(data)}
 
 
-def test_a_spec_writes_its_parts_with_all_that_they_need(checkpoint, layout, expected, tmp_path):
+def test_a_checksum_is_what_xxh128sum_prints():
+    assert checksum(b"sepweight") == "xxh3_128:b52cbadfdc3df67f2ab3173c27e51057"  # printf sepweight | xxh128sum
+
+
+def test_a_spec_writes_its_parts_and_those_that_their_tied_tensors_lie_in(directory, checkpoint, layout, tmp_path):
     llm_sepweight.split(checkpoint, tmp_path / "some", layout=layout, spec="1:3 e")
     with llm_sepweight.open(tmp_path / "some") as weights:
-        assert_same(weights, {part: expected[part] for part in ("mid.00001", "mid.00002", "end")})
+        assert weights.parts == ("begin", "mid.00001", "mid.00002", "end")
+    for file in (tmp_path / "some").glob("*.safetensors"):
+        assert file.read_bytes() == (directory / file.name).read_bytes()
 
 
 def test_splitting_a_split_model_gives_the_same_bytes(directory, tmp_path):
@@ -102,10 +122,20 @@ def test_progress_goes_up_to_all_bytes_written(checkpoint, layout, tmp_path):
 
 
 def test_a_split_model_is_not_overwritten(directory, checkpoint, layout):
-    with pytest.raises(WeightError, match=r"already .*sepweight.json\)\. Choose another destination"):
+    before = contents(directory)
+    llm_sepweight.split(checkpoint, directory, layout=layout)  # nothing is left to do
+    assert contents(directory) == before
+    with pytest.raises(WeightError, match=r"another split model .*sepweight.json\)\. Choose another destination"):
+        llm_sepweight.split(checkpoint, directory, layout=layout, spec="b 0:3")
+    file = checkpoint / "model-00001-of-00002.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(WeightError, match=r"another split model .*sepweight.json\)\. Choose another destination"):
         llm_sepweight.split(checkpoint, directory, layout=layout)
     with pytest.raises(WeightError, match="the same"):
         llm_sepweight.split(checkpoint, checkpoint, layout=layout)
+    assert contents(directory) == before
 
 
 def test_a_split_that_fails_leaves_nothing_that_looks_finished(checkpoint, layout, tmp_path):
@@ -122,13 +152,13 @@ def test_a_split_that_fails_leaves_nothing_that_looks_finished(checkpoint, layou
 
 
 def test_a_disk_that_is_full_is_said_with_the_file(checkpoint, layout, tmp_path, monkeypatch):
-    def full(descriptor):
+    def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(WeightError, match=r"No space left on device \(file .*begin.safetensors\)\. Make room"):
         llm_sepweight.split(checkpoint, tmp_path / "new", layout=layout)
-    assert list((tmp_path / "new").iterdir()) == []
+    assert [path.name for path in (tmp_path / "new").iterdir() if "safetensors" in path.name] == []
 
 
 def change(directory: Path, path: str, value: object) -> None:
@@ -143,7 +173,13 @@ def change(directory: Path, path: str, value: object) -> None:
         del fields[last]
     else:
         fields[last] = value
-    file.write_text(json.dumps(manifest))
+    seal(file, manifest)
+
+
+def seal(file: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest with the checksum that FORMAT.md asks for."""
+    data = json.dumps(manifest | {"checksum": "xxh3_128:" + "0" * 32}).encode()
+    file.write_bytes(data.replace(b"0" * 32, xxhash.xxh3_128(data).hexdigest().encode(), 1))
 
 
 @pytest.mark.parametrize(
@@ -152,13 +188,24 @@ def change(directory: Path, path: str, value: object) -> None:
         ("version", 2, "version 2; 'sepweight' version 1 can be read.*Update llm_sepweight"),
         ("version", None, "version None"),
         ("format", "other", "'other'"),
-        ("config", None, "config or parts are missing"),
-        ("parts", {}, "config or parts are missing"),
+        ("config", None, "config, parts or files are missing"),
+        ("parts", {}, "config, parts or files are missing"),
+        ("files", [], "config, parts or files are missing"),
+        ("files|../x", {"nbytes": 1, "checksum": "xxh3_128:" + "0" * 32}, "'../x', which is not the name of a file"),
+        ("files|x", {"nbytes": -1, "checksum": "xxh3_128:" + "0" * 32}, "no valid entry for x"),
+        ("files|x", {"nbytes": 1, "checksum": "md5:0"}, "no valid entry for x"),
+        ("files|END.safetensors", {"nbytes": 1, "checksum": "xxh3_128:" + "0" * 32}, "taken"),
+        ("files|sepweight.json", {"nbytes": 1, "checksum": "xxh3_128:" + "0" * 32}, "taken or reserved"),
+        ("files|.x", {"nbytes": 1, "checksum": "xxh3_128:" + "0" * 32}, "taken or reserved"),
+        ("tool", 7, "not a string"),
+        ("source", None, "not a string"),
+        ("parts|begin|checksum", None, "no valid entry.*part begin"),
+        ("parts|begin|checksum", "xxh3_128:0", "no valid entry.*part begin"),
         ("parts|begin", 7, "no valid entry.*part begin"),
         ("parts|begin|file", "../begin.safetensors", "not the name of a file"),
         ("parts|begin|file", "absent.safetensors", "the file is missing.*part begin"),
-        ("parts|begin|file", "end.safetensors", "part begin"),
-        ("parts|begin|nbytes", 7, "but 7 in the manifest.*part begin"),
+        ("parts|begin|file", "end.safetensors", "'end.safetensors' is taken"),
+        ("parts|begin|nbytes", 8192 * 7, "but 57344 in the manifest.*part begin"),
         ("parts|begin|tensors", [], "no valid entry|not in the manifest"),
         ("parts|middle", {}, "parts are begin"),
         ("parts|mid.00001|tensors|up.weight", None, "not in the manifest.*part mid.00001, tensor up.weight"),
@@ -169,7 +216,8 @@ def change(directory: Path, path: str, value: object) -> None:
             {"part": "begin", "name": "no"},
             "another part.*part end, tensor head.weight",
         ),
-        ("parts|end|tensors|head.weight", {"part": []}, "another part"),
+        ("parts|end|tensors|head.weight", {"part": "end", "name": "head.weight"}, "another part"),
+        ("parts|end|tensors|head.weight", {"part": []}, "no valid entry"),
         ("parts|end|tensors|head.weight", 5, "no valid entry"),
     ],
 )

@@ -56,14 +56,20 @@ def test_the_index_comes_before_the_single_file_and_safetensors_before_bin(check
         assert_holds(weights.load("mid.00001"), expected["mid.00001"])
 
 
-def test_shards_may_be_links_as_in_the_cache_of_the_hub(checkpoint, layout, expected):
-    blobs = checkpoint.parent / "blobs"
-    blobs.mkdir()
-    for shard in checkpoint.glob("*.safetensors"):
-        shard.rename(blobs / shard.stem)
-        shard.symlink_to(f"../blobs/{shard.stem}")
-    with llm_sepweight.open(checkpoint, layout) as weights:
+def test_files_may_be_links_as_in_the_cache_of_the_hub_but_lead_nowhere_else(checkpoint, layout, expected, tmp_path):
+    blobs, snapshot = tmp_path / "model" / "blobs", tmp_path / "model" / "snapshots" / "0123abcd"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in checkpoint.iterdir():
+        file.rename(blobs / file.stem)
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.stem}")
+    with llm_sepweight.open(snapshot, layout) as weights:
         assert_holds(weights.load("mid.00001"), expected["mid.00001"])
+    shard = next(snapshot.glob("*.safetensors"))
+    shard.unlink()
+    shard.symlink_to((blobs / shard.stem).rename(tmp_path / "elsewhere"))
+    with pytest.raises(WeightError, match=f"leads out of its directory.*{shard.name}"):
+        llm_sepweight.open(snapshot, layout)
 
 
 @pytest.mark.parametrize("skip", [0, 1, 4000])

@@ -6,14 +6,16 @@ import json
 import math
 import re
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from llm_sepweight._errors import WeightError
 
+T = TypeVar("T")
 JSON_LIMIT = 100 << 20  # bytes; the largest index or manifest that is read
 PART_NAME = re.compile(r"(?:begin|end|mid\.\d{5})(?:/\w+\.\d{5})*", re.ASCII)
 DAMAGED = "Download the file again."
@@ -49,18 +51,21 @@ class Entry:
 
     info: TensorInfo
     extents: tuple[Extent, ...]
+    keys: tuple[str, ...]  # what the checkpoint calls it; several where it is a stack
 
 
-def whole(extent: Extent) -> Entry:
+def whole(extent: Extent, keys: tuple[str, ...] | None = None) -> Entry:
     """The tensor that is one tensor of the file."""
-    return Entry(TensorInfo(extent.dtype, extent.shape, extent.nbytes), (extent,))
+    info = TensorInfo(extent.dtype, extent.shape, extent.nbytes)
+    return Entry(info, (extent,), (extent.key,) if keys is None else keys)
 
 
 def stacked(extents: tuple[Extent, ...]) -> Entry:
     """The tensor [len(extents), ...] whose rows along dim 0 are tensors of equal shape and dtype."""
     first = extents[0]
     nbytes = first.nbytes * len(extents)
-    return Entry(TensorInfo(first.dtype, (len(extents), *first.shape), nbytes), extents)
+    info = TensorInfo(first.dtype, (len(extents), *first.shape), nbytes)
+    return Entry(info, extents, tuple(extent.key for extent in extents))
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class Catalog:
     file_sizes: dict[str, int]
 
 
-def in_order(parts: dict[str, dict[str, Entry]]) -> dict[str, dict[str, Entry]]:
+def in_order(parts: Mapping[str, T]) -> dict[str, T]:
     """Begin, the layers by number, end; a part of a part after it."""
     rank = {"b": 0, "m": 1, "e": 2}
     return {part: parts[part] for part in sorted(parts, key=lambda name: (rank[name[0]], name))}
@@ -91,23 +96,47 @@ def size_of(path: Path) -> int:
     return status.st_size
 
 
-def plain_file_name(name: object, *, file: Path) -> str:
+def plain_file_name(name: object, *, file: object) -> str:
     """`name`, if it names a file in the same directory and nowhere else."""
     if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
         raise WeightError(f"points to {name!r}, which is not the name of a file beside it", file=file, remedy=DAMAGED)
     return name
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    if size_of(path) > JSON_LIMIT:
+def inside(file: Path) -> Path:
+    """`file`, unless it is a link that leads out of its directory.
+
+    The hub's cache is made of links, too: those from snapshots/REVISION/ to blobs/, which are allowed.
+    """
+    if file.is_symlink():
+        try:
+            target, directory = file.resolve().parent, file.parent.resolve()
+        except (OSError, RuntimeError) as error:
+            raise WeightError("this link leads nowhere", file=file) from error
+        if not target.is_relative_to(directory) and target != directory.parent.parent / "blobs":
+            remedy = "Put the file itself in its place."
+            raise WeightError(f"this is a link that leads out of its directory, to {target}", file=file, remedy=remedy)
+    return file
+
+
+def read_limited(path: Path) -> bytes:
+    """A small file: an index, a configuration, a manifest."""
+    if size_of(inside(path)) > JSON_LIMIT:
         raise WeightError(f"larger than {JSON_LIMIT >> 20} MiB, which no index or configuration is", file=path)
     try:
-        return parse_json(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise WeightError(f"no valid JSON: {error}", file=path, remedy=DAMAGED) from error
+        return path.read_bytes()
     except OSError as error:
         raise WeightError(f"the file cannot be read: {error.strerror}", file=path) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        return parse_json(read_limited(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, WeightError):
+            raise
+        raise WeightError(f"no valid JSON: {error}", file=path, remedy=DAMAGED) from error
 
 
 def parse_json(data: bytes) -> dict[str, Any]:

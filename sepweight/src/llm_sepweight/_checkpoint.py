@@ -13,6 +13,7 @@ from llm_sepweight._catalog import (
     Entry,
     Extent,
     in_order,
+    inside,
     plain_file_name,
     read_json,
     size_of,
@@ -43,35 +44,35 @@ def read_checkpoint(directory: Path, layout: Layout) -> Catalog:
         names = ", ".join(name for name, _ in FORMS)
         raise WeightError(f"no checkpoint here: none of {names}", file=directory, remedy="Check the path.")
     name, read = form
-    keys_of = _shards(directory / name) if name.endswith(".json") else {name: []}
+    keys_of = keys_by_file(read_json(directory / name), directory / name) if name.endswith(".json") else {name: []}
     extents = []
     for file, keys in keys_of.items():
         try:
-            extents += _chosen(read(directory / file), keys, directory / file)
+            extents += chosen_extents(read(inside(directory / file)), keys, directory / file)
         except WeightError as error:  # say what is lost, too
             error.tensor = error.tensor or next(iter(keys), None)
             error.part = _first_part(layout, error.tensor, config)
             raise
-    parts = _arrange(extents, layout, config)
+    parts = arrange(extents, layout, config)
     return Catalog(config, parts, {str(directory / file): size_of(directory / file) for file in keys_of})
 
 
-def _shards(index: Path) -> dict[str, list[str]]:
-    """The keys that each file must hold, as the index has it."""
-    weight_map = read_json(index).get("weight_map")
+def keys_by_file(index: Mapping[str, Any], file: object) -> dict[str, list[str]]:
+    """The keys that each file must hold, as the index, which is read from `file`, has it."""
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise WeightError("the index has no weight_map", file=index, remedy=DAMAGED)
+        raise WeightError("the index has no weight_map", file=file, remedy=DAMAGED)
     keys_of: dict[str, list[str]] = {}
     for key, name in weight_map.items():
         try:
-            keys_of.setdefault(plain_file_name(name, file=index), []).append(key)
+            keys_of.setdefault(plain_file_name(name, file=file), []).append(key)
         except WeightError as error:
             error.tensor = key
             raise
     return keys_of
 
 
-def _chosen(extents: list[Extent], keys: list[str], file: Path) -> list[Extent]:
+def chosen_extents(extents: list[Extent], keys: list[str], file: object) -> list[Extent]:
     """What the index takes from a file; without an index, everything."""
     if not keys:
         return extents
@@ -91,7 +92,7 @@ def _first_part(layout: Layout, key: str | None, config: dict[str, Any]) -> str 
         return None
 
 
-def _arrange(extents: list[Extent], layout: Layout, config: dict[str, Any]) -> dict[str, dict[str, Entry]]:
+def arrange(extents: list[Extent], layout: Layout, config: dict[str, Any]) -> dict[str, dict[str, Entry]]:
     """The tensors of each part. Raises WeightError where two keys want one place or slices are missing."""
     entries: dict[str, dict[str, Entry]] = {}
     slices: dict[tuple[str, str], dict[int, Extent]] = {}

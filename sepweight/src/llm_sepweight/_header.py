@@ -53,62 +53,72 @@ def read_header(path: Path) -> list[Extent]:
     size = size_of(path)
     try:
         with path.open("rb", buffering=0) as file:
-            start = file.read(8)
-            if start == b"version ":
-                remedy = "Run `git lfs pull` there."
-                raise WeightError("this is a git-lfs pointer, not the weights themselves", file=path, remedy=remedy)
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or length > min(HEADER_LIMIT, size - 8):
-                problem = f"no valid safetensors file, or cut short: {size} bytes, and its header claims {length}"
-                raise WeightError(problem, file=path, remedy=DAMAGED)
-            header = parse_json(file.read(length))
+            length = header_length(file.read(8), size, path)
+            text = file.read(length)
     except OSError as error:
         raise WeightError(f"the file cannot be read: {error.strerror}", file=path) from error
+    return parse_header(text, size, path)
+
+
+def header_length(start: bytes, size: int, file: object) -> int:
+    """The bytes of JSON that follow the first eight bytes of a safetensors file of `size` bytes."""
+    if start == b"version ":
+        remedy = "Run `git lfs pull` there."
+        raise WeightError("this is a git-lfs pointer, not the weights themselves", file=file, remedy=remedy)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > min(HEADER_LIMIT, size - 8):
+        problem = f"no valid safetensors file, or cut short: {size} bytes, and its header claims {length}"
+        raise WeightError(problem, file=file, remedy=DAMAGED)
+    return length
+
+
+def parse_header(text: bytes, size: int, file: object) -> list[Extent]:
+    """The tensors that a header's JSON describes, in the order of their data, for a file of `size` bytes."""
+    try:
+        header = parse_json(text)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, WeightError):
-            raise
-        raise WeightError(f"no valid safetensors header: {error}", file=path, remedy=DAMAGED) from error
+        raise WeightError(f"no valid safetensors header: {error}", file=file, remedy=DAMAGED) from error
     header.pop("__metadata__", None)
-    data = 8 + length
-    extents = [_extent(key, fields, data, path) for key, fields in header.items()]
+    data = 8 + len(text)
+    extents = [_extent(key, fields, data, file) for key, fields in header.items()]
     extents.sort(key=lambda extent: (extent.offset, extent.nbytes))
-    _check_cover(extents, data, size, path)
+    _check_cover(extents, data, size, file)
     return extents
 
 
-def _extent(key: str, fields: Any, data: int, path: Path) -> Extent:
+def _extent(key: str, fields: Any, data: int, file: object) -> Extent:
     """One entry of the header: {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}."""
     try:
         dtype, shape, (start, stop) = fields["dtype"], fields["shape"], fields["data_offsets"]
         counts = [*shape, start, stop]
     except (TypeError, KeyError, ValueError):
-        raise WeightError("no valid entry in the header", file=path, tensor=key, remedy=DAMAGED) from None
+        raise WeightError("no valid entry in the header", file=file, tensor=key, remedy=DAMAGED) from None
     sane = len(counts) <= DIMENSIONS and all(type(count) is int and count >= 0 for count in counts)
     if not sane or math.prod(count or 1 for count in shape) >= 1 << 63:
-        raise WeightError("a shape or offset in the header is not possible", file=path, tensor=key, remedy=DAMAGED)
+        raise WeightError("a shape or offset in the header is not possible", file=file, tensor=key, remedy=DAMAGED)
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise WeightError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}", file=path, tensor=key)
-    extent = Extent(key, str(path), data + start, DTYPES[dtype], tuple(shape))
+        raise WeightError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}", file=file, tensor=key)
+    extent = Extent(key, str(file), data + start, DTYPES[dtype], tuple(shape))
     if stop - start != extent.nbytes:
         problem = f"the header gives {stop - start} bytes, but {dtype} {shape} takes {extent.nbytes}"
-        raise WeightError(problem, file=path, tensor=key, remedy=DAMAGED)
+        raise WeightError(problem, file=file, tensor=key, remedy=DAMAGED)
     return extent
 
 
-def _check_cover(extents: list[Extent], data: int, size: int, path: Path) -> None:
+def _check_cover(extents: list[Extent], data: int, size: int, file: object) -> None:
     """The tensors follow each other without gap or overlap up to the end of the file."""
     end = data
     for extent in extents:
         if extent.offset != end:
             kind = "overlaps the one before it" if extent.offset < end else "leaves a gap after the one before it"
-            raise WeightError(f"the data {kind}", file=path, tensor=extent.key, remedy=DAMAGED)
+            raise WeightError(f"the data {kind}", file=file, tensor=extent.key, remedy=DAMAGED)
         end += extent.nbytes
         if end > size:
             problem = f"the file is cut short: {size} bytes, but this tensor ends at {end}"
-            raise WeightError(problem, file=path, tensor=extent.key, remedy=DAMAGED)
+            raise WeightError(problem, file=file, tensor=extent.key, remedy=DAMAGED)
     if end < size:
         problem = f"the file is longer than its header says: {size} bytes, and the data ends at {end}"
-        raise WeightError(problem, file=path, remedy=DAMAGED)
+        raise WeightError(problem, file=file, remedy=DAMAGED)
 
 
 def file_order(tensors: Mapping[str, TensorInfo]) -> list[str]:

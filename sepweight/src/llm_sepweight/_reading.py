@@ -41,7 +41,7 @@ class WeightFile:
     def __init__(self, path: str, size: int, on_buffered: Callable[[str], None]) -> None:
         self.path = path
         self.direct = True
-        self._size = size
+        self.size = size
         self._on_buffered = on_buffered
         self._file: io.FileIO | None = None
         self._closed = False
@@ -106,9 +106,9 @@ class WeightFile:
         except OSError as error:
             raise WeightError(f"the file cannot be opened: {error.strerror}", file=self.path) from error
         size = os.fstat(file.fileno()).st_size
-        if size != self._size:
+        if size != self.size:
             file.close()
-            problem = f"the file was changed: {self._size} bytes when the store was opened, {size} now"
+            problem = f"the file was changed: {self.size} bytes when the store was opened, {size} now"
             raise WeightError(problem, file=self.path, remedy="Open the store again.")
         return file
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -17,20 +14,20 @@ import torch
 from llm_sepweight._catalog import Catalog, Entry, TensorInfo
 from llm_sepweight._checkpoint import Layout, read_checkpoint
 from llm_sepweight._errors import WeightError
-from llm_sepweight._manifest import MANIFEST, read_directory
-from llm_sepweight._placing import Placement, RowGroup, Sweep, in_place, place, row_groups
-from llm_sepweight._reading import CHUNK, PAGE, ReadError, WeightFile, as_tensor, page_aligned, pages, whole_pages
-
-THREADS = 4  # reads in flight
-BOUNCE = 4 << 20  # bytes that go through memory of our own at a time, where they cannot be read in place
+from llm_sepweight._manifest import MANIFEST, Manifest, read_directory
+from llm_sepweight._placing import RowGroup, in_place, place, row_groups
+from llm_sepweight._reader import THREADS, Reader
+from llm_sepweight._reading import PAGE, as_tensor, page_aligned, pages, whole_pages
 
 
-def open(path: str | Path, layout: Layout | None = None) -> WeightStore:
+def open(path: str | Path, layout: Layout | None = None, *, verify: str | None = None) -> WeightStore:
     """The weights in a directory: one that `split` wrote, or a Hugging Face checkpoint as downloaded, with a layout.
 
     layout(key, config) says for each tensor of a checkpoint where it belongs, as a list of (part, name) or, where it
     is row `index` of a larger tensor, (part, name, index). An empty list drops it.
     Only headers and file sizes are read, and whatever is wrong with them is raised as WeightError now.
+    verify="lazy" also checks the contents of each file of a split model against its checksum, the first time that
+    something is read from it: `load` on the way, `read` and `rows` by reading the file once more.
 
     >>> import tempfile, safetensors.torch
     >>> with tempfile.TemporaryDirectory() as directory:
@@ -39,11 +36,16 @@ def open(path: str | Path, layout: Layout | None = None) -> WeightStore:
     ...         print(weights.parts, weights.nbytes("end"), weights.load("end")["head.weight"].sum())
     ('end',) 24 tensor(6.)
     """
+    if verify not in (None, "lazy"):
+        raise ValueError(f"verify: None or 'lazy', not {verify!r}")
     directory = Path(path)
     if not directory.is_dir():
         raise WeightError("there is no such directory", file=directory, remedy="Check the path.")
     if (directory / MANIFEST).exists():
-        return WeightStore(directory, read_directory(directory))
+        manifest, catalog = read_directory(directory)
+        return WeightStore(directory, catalog, manifest, checked=verify == "lazy")
+    if verify is not None:
+        raise WeightError("a checkpoint has no checksums to verify", file=directory, remedy="Split it first.")
     if layout is None:
         problem = f"there is no {MANIFEST} here, and a checkpoint needs a layout to say what belongs to which part"
         raise WeightError(problem, file=directory, remedy="Pass layout=, as the model's package offers it.")
@@ -53,16 +55,17 @@ def open(path: str | Path, layout: Layout | None = None) -> WeightStore:
 class WeightStore:
     """Weights by part. Made by `open`; all methods but `close` may be called by several threads at once."""
 
-    def __init__(self, path: Path, catalog: Catalog) -> None:
+    def __init__(
+        self, path: Path, catalog: Catalog, manifest: Manifest | None = None, *, checked: bool = False
+    ) -> None:
         self.path = path
+        self.manifest = manifest  # None: a checkpoint
+        self.catalog = catalog
         self.config: dict[str, Any] = catalog.config
         self.parts: tuple[str, ...] = tuple(catalog.parts)
         self._entries = catalog.parts
-        self._lock = threading.Lock()
-        self._warned = False
-        self._closed = False
-        self._pool: ThreadPoolExecutor | None = None
-        self._files = {file: WeightFile(file, size, self._say_buffered) for file, size in catalog.file_sizes.items()}
+        infos = manifest.parts.values() if manifest is not None and checked else ()
+        self._reader = Reader(path, catalog.file_sizes, {str(path / info.file): info.checksum for info in infos})
 
     def tensors(self, part: str) -> Mapping[str, TensorInfo]:
         """Name, dtype, shape and bytes of the tensors of a part; names are as in the part's state_dict."""
@@ -84,7 +87,14 @@ class WeightStore:
         tensor of the part does. A tensor's address modulo 4096 is that of its data in the file.
         Raises WeightError where a read fails; no read is under way any more then.
         """
-        return self._load(part, self._part(part), into)
+        entries = self._part(part)
+        placement = place(entries)
+        memory = pages(placement.nbytes) if into is None else page_aligned(into, placement.nbytes)
+        self._reader.load(part, entries, placement, memory)
+        return {
+            name: as_tensor(memory, placement.starts[name], entry.info.dtype, entry.info.shape)
+            for name, entry in entries.items()
+        }
 
     def read(self, part: str, name: str, start: int, stop: int, into: Any) -> torch.Tensor:
         """Rows [start, stop) along the first dimension of a tensor, read by this thread; a view of `into`.
@@ -105,12 +115,12 @@ class WeightStore:
         if not in_place(entry):
             at = first % PAGE
             memory = page_aligned(into, at + nbytes)
-            self._copy(part, name, entry, first, memory[at : at + nbytes])
+            self._reader.copy(part, name, entry, first, memory[at : at + nbytes])
         else:
             extent = entry.extents[0]
             at = (extent.offset + first) % PAGE
             memory = page_aligned(into, whole_pages(at + nbytes))
-            self._fetch(part, name, extent.file, extent.offset + first - at, at + nbytes, memory)
+            self._reader.fetch(part, name, extent.file, extent.offset + first - at, at + nbytes, memory)
         return as_tensor(memory, at, info.dtype, shape)
 
     def rows(self, part: str, name: str, ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
@@ -132,7 +142,7 @@ class WeightStore:
         unique, where = torch.unique(wanted, return_inverse=True)
         out = torch.empty((len(unique), row_nbytes), dtype=torch.uint8)
         groups = row_groups(unique.numpy(), row_nbytes)
-        self._run(
+        self._reader.run(
             [
                 partial(self._row_groups, part, name, entry, groups[i::THREADS], out.numpy())
                 for i in range(min(THREADS, len(groups)))
@@ -143,13 +153,7 @@ class WeightStore:
 
     def close(self) -> None:
         """Close all files and end all threads, once reads under way have ended. Tensors stay valid."""
-        with self._lock:
-            self._closed = True
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.shutdown()
-        for file in self._files.values():
-            file.close()
+        self._reader.close()
 
     def __enter__(self) -> WeightStore:
         return self
@@ -158,20 +162,6 @@ class WeightStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _load(self, part: str, entries: Mapping[str, Entry], into: Any = None) -> dict[str, torch.Tensor]:
-        """`load` for some of a part's tensors."""
-        placement = place(entries)
-        memory = pages(placement.nbytes) if into is None else page_aligned(into, placement.nbytes)
-        jobs: list[Callable[[], None]] = [
-            partial(self._sweep, part, entries, sweep, start, memory)
-            for sweep in placement.sweeps
-            for start in range(0, sweep.nbytes, CHUNK)
-        ]
-        for name in placement.copied:
-            jobs += self._copies(part, name, entries[name], memory[placement.starts[name] :])
-        self._run(jobs)
-        return _tensors(entries, placement, memory)
 
     def _part(self, part: str) -> dict[str, Entry]:
         if part not in self._entries:
@@ -184,93 +174,8 @@ class WeightStore:
             raise WeightError(f"there is no tensor {name!r}; there are {', '.join(entries)}", file=self.path, part=part)
         return entries[name]
 
-    def _sweep(self, part: str, entries: Mapping[str, Entry], sweep: Sweep, start: int, memory: memoryview) -> None:
-        """One chunk of a sweep."""
-        nbytes = min(CHUNK, sweep.nbytes - start)
-        at = sweep.at + start
-        try:
-            self._fetch(part, None, sweep.file, sweep.offset + start, nbytes, memory[at : at + whole_pages(nbytes)])
-        except ReadError as error:
-            error.tensor = _tensor_at(entries, sweep.file, error.offset)
-            raise
-
-    def _fetch(self, part: str, name: str | None, file: str, offset: int, nbytes: int, memory: memoryview) -> None:
-        try:
-            self._files[file].read(memory, offset, nbytes)
-        except WeightError as error:
-            error.part, error.tensor = part, name
-            raise
-
-    def _copies(self, part: str, name: str, entry: Entry, out: memoryview) -> list[Callable[[], None]]:
-        """Jobs that together copy a whole tensor: one for each extent."""
-        step = entry.extents[0].nbytes
-        return [
-            partial(self._copy, part, name, entry, start, out[start : start + step])
-            for start in range(0, entry.info.nbytes, step)
-        ]
-
-    def _copy(self, part: str, name: str, entry: Entry, start: int, out: memoryview) -> None:
-        """Bytes of a tensor from `start` on, through memory of our own, to wherever they shall go."""
-        bounce = pages(min(BOUNCE, len(out)) + 2 * PAGE)
-        step = entry.extents[0].nbytes
-        done = 0
-        while done < len(out):
-            extent, skip = entry.extents[(start + done) // step], (start + done) % step
-            nbytes = min(BOUNCE, step - skip, len(out) - done)
-            at = (extent.offset + skip) % PAGE
-            self._fetch(part, name, extent.file, extent.offset + skip - at, at + nbytes, bounce)
-            out[done : done + nbytes] = bounce[at : at + nbytes]
-            done += nbytes
-
     def _row_groups(self, part: str, name: str, entry: Entry, groups: list[RowGroup], out: np.ndarray) -> None:
         for start, ids in groups:
             span = np.empty((ids[-1] - ids[0] + 1, out.shape[1]), dtype=np.uint8)
-            self._copy(part, name, entry, int(ids[0]) * out.shape[1], span.data.cast("B"))
+            self._reader.copy(part, name, entry, int(ids[0]) * out.shape[1], span.data.cast("B"))
             out[start : start + len(ids)] = span[ids - ids[0]]
-
-    def _run(self, jobs: list[Callable[[], None]]) -> None:
-        """All jobs at once; on return, or when the first error is raised, none is running any more."""
-        if len(jobs) == 1:
-            return jobs[0]()
-        futures: list[Future[None]] = []
-        try:
-            for job in jobs:
-                futures.append(self._submit(job))
-            for future in futures:
-                future.result()
-        finally:  # the memory is the caller's again
-            for future in futures:
-                future.cancel()
-            wait(futures)
-
-    def _submit(self, job: Callable[[], None]) -> Future[None]:
-        with self._lock:
-            if self._closed:
-                raise WeightError("this store is closed", file=self.path, remedy="Open it again.")
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="llm_sepweight")
-            return self._pool.submit(job)
-
-    def _say_buffered(self, file: str) -> None:
-        with self._lock:
-            warned, self._warned = self._warned, True
-        if not warned:
-            warnings.warn(f"{file}: no direct reads on this file system; reading through the page cache", stacklevel=2)
-
-
-def _tensors(entries: Mapping[str, Entry], placement: Placement, memory: memoryview) -> dict[str, torch.Tensor]:
-    return {
-        name: as_tensor(memory, placement.starts[name], entry.info.dtype, entry.info.shape)
-        for name, entry in entries.items()
-    }
-
-
-def _tensor_at(entries: Mapping[str, Entry], file: str, offset: int) -> str | None:
-    """The first tensor whose data goes beyond this offset of a file."""
-    ends = [
-        (extent.offset + extent.nbytes, name)
-        for name, entry in entries.items()
-        for extent in entry.extents
-        if extent.file == file and extent.offset + extent.nbytes > offset
-    ]
-    return min(ends)[1] if ends else None

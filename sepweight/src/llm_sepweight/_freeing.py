@@ -1,0 +1,94 @@
+"""Splitting in place: each file of a checkpoint is removed once all its tensors are safe elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from llm_sepweight._catalog import Catalog, Entry, Extent, TensorInfo
+from llm_sepweight._checkpoint import FORMS
+from llm_sepweight._errors import WeightError
+from llm_sepweight._header import DTYPE_NAMES, DTYPES
+from llm_sepweight._plan import PlannedPart
+from llm_sepweight._source import StoreSource
+from llm_sepweight._writing import remove
+
+
+class Freeing:
+    """Removes the files of a checkpoint, each when the last part that takes tensors from it is complete."""
+
+    def __init__(self, source: StoreSource) -> None:
+        self._source = source
+        self._files = list(source.store._reader.files)
+        self._takers: dict[str, set[str]] = {}
+        if source.store.manifest is not None:
+            raise WeightError("this is split already", file=source.store.path, remedy="Split it without in_place.")
+        for file in map(Path, self._files):
+            if file.is_symlink():
+                remedy = "Split it without in_place, and remove the cache's copy."
+                raise WeightError("a link cannot be freed in place", file=file, remedy=remedy)
+
+    def begin(self, everything: Mapping[str, PlannedPart]) -> None:
+        """everything: all parts of the model. One that is not written holds on to its files."""
+        taken: dict[str, set[str]] = {file: set() for file in self._files}
+        for part, planned in everything.items():
+            for name in planned.order:
+                for extent in self._source.parts[part][name].extents:
+                    taken[extent.file].add(part)
+        self._takers = {file: takers or set(everything) for file, takers in taken.items()}
+
+    def order(self, part: str) -> tuple[int, ...]:
+        """Sorts parts so that files are free early: by the files that they take from, the last one first."""
+        return tuple(i for i, file in reversed(list(enumerate(self._files))) if part in self._takers[file])
+
+    def free(self, done: Collection[str]) -> None:
+        """Remove the files that only these parts, which are complete, take from."""
+        for file in [file for file, takers in self._takers.items() if takers.issubset(done)]:
+            self._source.release(file)
+            del self._takers[file]
+
+    def finish(self, done: Collection[str]) -> None:
+        """All parts are complete: an index of files that are all gone goes, too."""
+        self.free(done)
+        if not self._takers:
+            for name, _ in FORMS:
+                if name.endswith(".json"):
+                    remove(self._source.store.path / name)
+
+    def catalog(self) -> dict[str, Any]:
+        """What the source held when all of it was there, for the journal."""
+        return catalog_as_json(self._source.store.catalog)
+
+
+def catalog_as_json(catalog: Catalog) -> dict[str, Any]:
+    """A catalog whose files lie in one directory, for a journal."""
+    parts = {
+        part: {
+            name: {
+                "shape": entry.info.shape,
+                "keys": entry.keys,
+                "extents": [[e.key, Path(e.file).name, e.offset, DTYPE_NAMES[e.dtype], e.shape] for e in entry.extents],
+            }
+            for name, entry in entries.items()
+        }
+        for part, entries in catalog.parts.items()
+    }
+    sizes = {Path(file).name: size for file, size in catalog.file_sizes.items()}
+    return {"config": catalog.config, "parts": parts, "file_sizes": sizes}
+
+
+def catalog_from_json(fields: dict[str, Any], directory: Path) -> Catalog:
+    """The catalog again, for files in `directory`."""
+
+    def entry(field: dict[str, Any]) -> Entry:
+        extents = tuple(
+            Extent(key, str(directory / file), offset, DTYPES[dtype], tuple(shape))
+            for key, file, offset, dtype, shape in field["extents"]
+        )
+        nbytes = sum(extent.nbytes for extent in extents)
+        info = TensorInfo(extents[0].dtype, tuple(field["shape"]), nbytes)
+        return Entry(info, extents, tuple(field["keys"]))
+
+    parts = {part: {name: entry(field) for name, field in names.items()} for part, names in fields["parts"].items()}
+    return Catalog(fields["config"], parts, {str(directory / f): size for f, size in fields["file_sizes"].items()})

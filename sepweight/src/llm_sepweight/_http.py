@@ -1,0 +1,204 @@
+"""Files on a web server that does ranges, the Hugging Face hub among them."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from urllib.parse import quote, urlsplit, urlunsplit
+
+import httpx2
+
+from llm_sepweight._catalog import JSON_LIMIT
+from llm_sepweight._errors import WeightError
+from llm_sepweight._remote import START, PassingError, Remote, RemoteFile, shown, words
+
+SLOWEST = 1024  # bytes a second; what brings less for as long as the timeout is taken for dead
+PASSING = (408, 429, 500, 502, 503, 504)  # what a server says that may be better soon
+REDIRECTS = 5
+
+
+class HttpRemote(Remote):
+    """Files below a URL, on a server that does ranges (RFC 9110, 14)."""
+
+    def __init__(self, url: str, headers: Mapping[str, str], *, timeout: float, retries: int, connections: int) -> None:
+        super().__init__(shown(url), timeout=timeout, retries=retries)
+        self._url = urlsplit(url)
+        try:
+            self._client = httpx2.Client(
+                headers={"Accept-Encoding": "identity", **headers},
+                timeout=timeout,
+                limits=httpx2.Limits(max_connections=connections),
+                follow_redirects=True,
+                max_redirects=REDIRECTS,
+            )
+        except ValueError as error:
+            raise WeightError(f"the headers cannot be sent: {error}", file=self.name) from None
+
+    def names(self) -> Sequence[str] | None:
+        return None
+
+    def still(self, file: RemoteFile) -> None:
+        pass  # the version of every answer is compared
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _small(self, name: str) -> bytes | None:
+        with self._answer(name, {}) as response:
+            if response.status_code in (404, 410):
+                return None
+            self._expect(response, 200, name)
+            return self._body(response, name, at_most=JSON_LIMIT)
+
+    def _find(self, name: str) -> RemoteFile:
+        with self._answer(name, {"Range": f"bytes=0-{START - 1}"}) as response:
+            size = self._range(response, name, 0, START)
+            start = self._body(response, name, at_most=START)
+        self._whole(start, START, name)
+        return RemoteFile(name, size, _version(response), start)
+
+    def _read(self, file: RemoteFile, offset: int, nbytes: int) -> bytes:
+        headers = {"Range": f"bytes={offset}-{offset + nbytes - 1}"}
+        if file.version is not None and file.version.startswith('"'):  # a weak one cannot be asked for
+            headers["If-Range"] = file.version
+        with self._answer(file.name, headers) as response:
+            if response.status_code in (200, 206) and _version(response) != file.version:
+                raise self._changed(file.name)
+            size = self._range(response, file.name, offset, nbytes)
+            if size != file.size:
+                problem = f"the server gives it {size} bytes now, and gave it {file.size} before"
+                raise WeightError(problem, file=self.where(file.name), remedy="Fetch again.")
+            data = self._body(response, file.name, at_most=nbytes)
+        self._whole(data, nbytes, file.name)
+        return data
+
+    @contextmanager
+    def _answer(self, name: str, headers: dict[str, str]) -> Iterator[httpx2.Response]:
+        """The answer to one request, its body still to be read. What is wrong with the way there is PassingError."""
+        try:
+            with self._client.stream("GET", self._url_of(name), headers=headers) as response:
+                chain = [step.url.scheme for step in (*response.history, response)]
+                if "http" in chain[chain.index("https") :] if "https" in chain else False:
+                    remedy = "Ask whoever runs the server."
+                    raise WeightError("the server leads from https to http", file=self.where(name), remedy=remedy)
+                yield response
+        except httpx2.TooManyRedirects:
+            problem = f"the server redirects more than {REDIRECTS} times"
+            raise WeightError(problem, file=self.where(name), remedy="Check the URL.") from None
+        except httpx2.TimeoutException as error:
+            raise PassingError(f"no answer for {self.timeout:g} s", file=self.where(name)) from error
+        except (httpx2.NetworkError, httpx2.RemoteProtocolError, httpx2.ProxyError) as error:
+            raise PassingError(f"the connection failed: {words(error)}", file=self.where(name)) from error
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            problem = f"cannot be asked for: {words(error)}"
+            raise WeightError(problem, file=self.where(name), remedy="Check the URL.") from error
+
+    def _url_of(self, name: str) -> str:
+        path = f"{self._url.path.rstrip('/')}/{quote(name)}"
+        return urlunsplit((self._url.scheme, self._url.netloc, path, self._url.query, ""))
+
+    def _range(self, response: httpx2.Response, name: str, offset: int, nbytes: int) -> int:
+        """The size of the whole file, if the answer is what was asked for and nothing else."""
+        if response.status_code == 200:
+            remedy = "Use a server that does, or download the whole file."
+            raise WeightError("the server does not do ranges", file=self.where(name), remedy=remedy)
+        if response.status_code == 416:
+            problem = f"the server has no bytes {offset} to {offset + nbytes - 1} of it: it is shorter than it was said"
+            raise WeightError(problem, file=self.where(name), remedy="Check the source; it may be incomplete.")
+        self._expect(response, 206, name)
+        said = response.headers.get("Content-Range", "")
+        match = re.fullmatch(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})", said)
+        length = response.headers.get("Content-Length", str(nbytes))
+        if not match or (int(match[1]), int(match[2])) != (offset, offset + nbytes - 1) or length != str(nbytes):
+            problem = f"asked for bytes {offset} to {offset + nbytes - 1}, the server answers {said!r}, {length} bytes"
+            raise WeightError(problem, file=self.where(name), remedy="The server is not to be trusted with ranges.")
+        return int(match[3])
+
+    def _expect(self, response: httpx2.Response, status: int, name: str) -> None:
+        found = response.status_code
+        if found != status:
+            problem = f"the server answers {found} {response.reason_phrase}".rstrip()
+            if found in PASSING:
+                error = PassingError(problem, file=self.where(name), remedy="Try again later.")
+                error.after = _retry_after(response)
+                raise error
+            raise WeightError(problem, file=self.where(name), remedy=self._remedy(found))
+        if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
+            problem = f"the server sends it encoded as {encoding}, unasked"
+            raise WeightError(problem, file=self.where(name), remedy="Turn compression off for such files there.")
+
+    def _remedy(self, status: int) -> str:
+        if status in (401, 403):
+            return "Pass what the server wants to know, as in headers={'Authorization': 'Bearer ...'}."
+        return "Check the source's address; a file may be missing there." if status in (404, 410) else ""
+
+    def _body(self, response: httpx2.Response, name: str, *, at_most: int) -> bytes:
+        """The body, in which nothing stalls, trickles or goes on for ever."""
+        body = bytearray()
+        since, had = time.monotonic(), 0
+        for piece in response.iter_raw():
+            body += piece
+            if len(body) > at_most:
+                problem = f"the server sends more than the {at_most} bytes that there should be"
+                raise WeightError(problem, file=self.where(name))
+            if self._stopped.is_set():
+                raise WeightError("stopped", file=self.where(name))
+            if time.monotonic() - since > self.timeout:
+                if len(body) - had < SLOWEST * self.timeout:
+                    problem = f"the server stalls: {len(body) - had} bytes in {self.timeout:g} s"
+                    raise PassingError(problem, file=self.where(name))
+                since, had = time.monotonic(), len(body)
+        return bytes(body)
+
+    def _whole(self, data: bytes, nbytes: int, name: str) -> None:
+        if len(data) != nbytes:
+            problem = f"the server ends after {len(data)} of the {nbytes} bytes that it promised"
+            raise PassingError(problem, file=self.where(name))
+
+
+class HubRemote(HttpRemote):
+    """A model on the Hugging Face hub, hf://owner/name or hf://owner/name@revision, at one commit."""
+
+    def __init__(self, uri: str, headers: Mapping[str, str], *, timeout: float, retries: int, connections: int) -> None:
+        import huggingface_hub
+        from huggingface_hub.utils import build_hf_headers
+
+        try:
+            repo = huggingface_hub.parse_hf_uri(uri)
+            if repo.type != "model" or repo.path_in_repo:
+                raise ValueError("a model is needed, as in hf://owner/name or hf://owner/name@revision")
+            info = huggingface_hub.HfApi().model_info(repo.id, revision=repo.revision, timeout=timeout)
+        except (httpx2.HTTPError, OSError, ValueError) as error:
+            problem = f"the model cannot be found on the hub: {words(error)}"
+            remedy = "Check the name; for a private or gated model set HF_TOKEN."
+            raise WeightError(problem, file=uri, remedy=remedy) from error
+        self._names = [file.rfilename for file in info.siblings or []]
+        probe = huggingface_hub.hf_hub_url(repo.id, "x", revision=info.sha)
+        url = probe.removesuffix("/x")
+        super().__init__(
+            url, {**build_hf_headers(), **headers}, timeout=timeout, retries=retries, connections=connections
+        )
+        self.name = f"hf://{repo.id}@{info.sha}"
+
+    def names(self) -> Sequence[str]:
+        return self._names
+
+    def _remedy(self, status: int) -> str:
+        if status in (401, 403):
+            return "Ask for access on the model's page, and set HF_TOKEN."
+        return super()._remedy(status)
+
+
+def _version(response: httpx2.Response) -> str | None:
+    """What changes when the file does. The hub says it before it leads to wherever the bytes are kept."""
+    for step in (*response.history, response):
+        if linked := step.headers.get("X-Linked-ETag"):
+            return f"linked {linked}"
+    return response.headers.get("ETag") or response.headers.get("Last-Modified")
+
+
+def _retry_after(response: httpx2.Response) -> float:
+    said = response.headers.get("Retry-After", "")
+    return float(said) if re.fullmatch(r"\d{1,9}", said) else 0.0

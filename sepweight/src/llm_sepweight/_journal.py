@@ -1,0 +1,73 @@
+"""What a split that is not finished has done so far: a line of JSON for what it does, one more for each part on the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from llm_sepweight._catalog import parse_json
+from llm_sepweight._errors import WeightError
+from llm_sepweight._manifest import FileInfo
+from llm_sepweight._writing import naming, remove, write_bytes
+
+JOURNAL = ".sepweight.journal"
+
+
+@dataclass
+class Journal:
+    """`plan` says what is written and from what; `done` has size and checksum of the parts that are complete."""
+
+    path: Path
+    plan: dict[str, Any]
+    done: dict[str, FileInfo] = field(default_factory=dict)
+    file: FileIO | None = None
+
+    def add(self, part: str, info: FileInfo) -> None:
+        """Remember, beyond a crash, that a part is complete."""
+        self.done[part] = info
+        with naming(self.path):
+            if self.file is None:
+                self.file = FileIO(self.path, "a")
+            line = json.dumps({"part": part, **vars(info)}).encode() + b"\n"
+            if self.file.write(line) < len(line):
+                raise OSError(0, "it was cut short")
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+
+def begin_journal(directory: Path, plan: dict[str, Any]) -> Journal:
+    """A new one, with nothing done."""
+    write_bytes(directory / JOURNAL, json.dumps(plan).encode() + b"\n")
+    return Journal(directory / JOURNAL, plan)
+
+
+def read_journal(directory: Path) -> Journal | None:
+    """That of an unfinished split, if there is one. A last line that was cut short counts for nothing, and is cut off."""
+    path = directory / JOURNAL
+    try:
+        first, *lines, torn = path.read_bytes().split(b"\n")
+        journal = Journal(path, parse_json(first))
+        for line in lines:
+            entry = parse_json(line)
+            journal.done[entry["part"]] = FileInfo(entry["nbytes"], entry["checksum"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError) as error:
+        remedy = "Remove the directory, and split again."
+        raise WeightError("the record of an unfinished split cannot be read", file=path, remedy=remedy) from error
+    if torn:
+        with naming(path):
+            os.truncate(path, path.stat().st_size - len(torn))
+    return journal
+
+
+def remove_journal(directory: Path) -> None:
+    remove(directory / JOURNAL)

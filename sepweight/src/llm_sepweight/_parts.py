@@ -1,0 +1,195 @@
+"""Writing the parts of a model, so that a crash at any moment costs no more than the part in the making."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_sepweight._catalog import in_order
+from llm_sepweight._checksum import checksum
+from llm_sepweight._copying import Contents, Piece, Progress, checksums, converted, literal, nbytes_of, write_files
+from llm_sepweight._damage import damages, file_checksum
+from llm_sepweight._errors import WeightError
+from llm_sepweight._freeing import Freeing
+from llm_sepweight._journal import Journal, begin_journal, read_journal, remove_journal
+from llm_sepweight._manifest import MANIFEST, FileInfo, Manifest, PartInfo, needed, read_manifest
+from llm_sepweight._plan import PlannedPart, plan
+from llm_sepweight._source import Source
+from llm_sepweight._writing import check_room, locked, make_directory, write_bytes
+
+
+def write_parts(
+    source: Source,
+    directory: Path,
+    *,
+    spec: str = "f",
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+    freeing: Freeing | None = None,
+) -> None:
+    """`split` for tensors from anywhere."""
+    everything = plan(source.parts, dtype)
+    parts = {part: everything[part] for part in needed(everything, spec)}
+    if freeing is not None:
+        freeing.begin(everything)
+    make_directory(directory)
+    with locked(directory):
+        order = {**_identity(source, parts), "in_place": freeing is not None}
+        journal = read_journal(directory)
+        complete = (directory / MANIFEST).exists()
+        if journal is not None:
+            _check_order(journal, order)
+        elif complete:
+            return _check_same(source, parts, directory, progress)
+        else:
+            catalog = {} if freeing is None else {"catalog": freeing.catalog()}
+            journal = begin_journal(directory, {**order, "fingerprint": source.fingerprint(), **catalog})
+        with closing(journal):
+            _check_fingerprint(journal, source.fingerprint(), freeing is not None)
+            if not complete:
+                _write_missing(source, parts, journal, progress, freeing)
+                model = _model(source, dtype, journal.done if parts == everything else {})
+                manifest = _with_companions(source, parts, journal, directory, model)
+                write_bytes(directory / MANIFEST, manifest.to_bytes())
+        if freeing is not None:
+            freeing.finish(parts)
+        remove_journal(directory)
+
+
+def contents_of(source: Source, part: str, planned: PlannedPart) -> Contents:
+    """The file of a part, from where its tensors are."""
+    pieces = [literal(planned.header)]
+    for name in planned.order:
+        info = source.parts[part][name].info
+        piece = Piece(info.nbytes, partial(source.copy, part, name))
+        pieces.append(converted(piece, info.dtype, planned.infos[name].dtype))
+    return pieces
+
+
+def _write_missing(
+    source: Source,
+    parts: Mapping[str, PlannedPart],
+    journal: Journal,
+    progress: Progress | None,
+    freeing: Freeing | None,
+) -> None:
+    """Write the parts that the journal does not have, and enter them."""
+    directory = journal.path.parent
+    kept = {part: info for part, info in journal.done.items() if _has_size(directory / parts[part].file, info.nbytes)}
+    missing = [part for part in parts if part not in kept]
+    total = sum(planned.nbytes for planned in parts.values())
+    done = sum(info.nbytes for info in kept.values())
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, total)
+
+    if freeing is not None:
+        missing.sort(key=freeing.order)
+        freeing.free(kept)
+    sizes = [parts[part].nbytes for part in missing]
+    check_room(directory, sum(sizes) if freeing is None else max(sizes, default=0))
+    files = ((directory / parts[part].file, contents_of(source, part, parts[part])) for part in missing)
+    with closing(write_files(files, advance=advance)) as written:
+        for part, text in zip(missing, written, strict=True):
+            source.check_unchanged()
+            if freeing is not None:
+                _read_back(directory / parts[part].file, text)
+            journal.add(part, FileInfo(parts[part].nbytes, text))
+            if freeing is not None:
+                freeing.free(journal.done)
+
+
+def _has_size(path: Path, nbytes: int) -> bool:
+    return path.exists() and path.stat().st_size == nbytes
+
+
+def _read_back(path: Path, text: str) -> None:
+    if file_checksum(path) != text:
+        problem = "what is on the disk is not what was written"
+        raise WeightError(problem, file=path, remedy="Check the disk. Nothing of the source was removed for this part.")
+
+
+def _identity(source: Source, parts: Mapping[str, PlannedPart]) -> dict[str, Any]:
+    """What is being written: a split goes on only where it is the same."""
+    files = {part: [planned.file, planned.nbytes, planned.tensors] for part, planned in parts.items()}
+    text = json.dumps([tool(), source.name, source.config, files])
+    return {"source": source.name, "identity": checksum(text.encode())}
+
+
+def _check_order(journal: Journal, order: Mapping[str, Any]) -> None:
+    if any(journal.plan.get(name) != value for name, value in order.items()):
+        problem = f"there is an unfinished split of {journal.plan.get('source')!r} here, with other options or tensors"
+        raise WeightError(problem, file=journal.path.parent, remedy="Finish that one, or remove the directory.")
+
+
+def _check_fingerprint(journal: Journal, found: Mapping[str, Any], freed: bool) -> None:
+    """The source is the one that the unfinished split began with; files that it removed itself may be missing."""
+    begun = journal.plan["fingerprint"]
+    for name in {**begun, **found}:
+        if begun.get(name) != found.get(name) and not (freed and name not in found):
+            problem = "the source has changed since the split that is unfinished here began"
+            remedy = f"Remove {journal.path.parent}, and split again."
+            raise WeightError(problem, file=name, remedy=remedy)
+
+
+def _check_same(source: Source, parts: Mapping[str, PlannedPart], directory: Path, progress: Progress | None) -> None:
+    """Raises WeightError unless the complete model in `directory` is what this split would write."""
+    manifest = read_manifest(directory)
+    same = {part: info.tensors for part, info in manifest.parts.items()} == {p: parts[p].tensors for p in parts}
+    if same and manifest.config == source.config:
+        contents = [contents_of(source, part, planned) for part, planned in parts.items()]
+        total, done = sum(map(nbytes_of, contents)), 0
+
+        def advance(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            if progress is not None:
+                progress(done, total)
+
+        texts = list(checksums(contents, advance=advance))
+        same = texts == [manifest.parts[part].checksum for part in parts]
+    if not same:
+        remedy = "Choose another destination, or remove this one first."
+        raise WeightError("there is another split model here already", file=directory / MANIFEST, remedy=remedy)
+    if damaged := damages(directory, manifest):
+        remedy = "Repair it with verify, or remove the directory."
+        problem = f"this was split already, but is damaged: {damaged[0].problem}"
+        raise WeightError(problem, file=directory / damaged[0].file, remedy=remedy)
+
+
+def _model(source: Source, dtype: torch.dtype | None, done: Mapping[str, FileInfo]) -> str:
+    """The name of the whole model, where all its parts were written, or the source has one that holds for some."""
+    if done:
+        return checksum("\n".join(done[part].checksum for part in in_order(done)).encode())
+    return source.model if dtype is None else ""
+
+
+def _with_companions(
+    source: Source, parts: Mapping[str, PlannedPart], journal: Journal, directory: Path, model: str
+) -> Manifest:
+    """The manifest, once the small files are there, too."""
+    companions = source.companions()
+    for name, data in companions.items():
+        write_bytes(directory / name, data)
+    infos = {
+        part: PartInfo(planned.file, planned.nbytes, journal.done[part].checksum, planned.tensors)
+        for part, planned in parts.items()
+    }
+    files = {name: FileInfo(len(data), checksum(data)) for name, data in companions.items()}
+    return Manifest(tool(), source.name, source.config, infos, files, model)
+
+
+def tool() -> str:
+    """What is written as the manifest's `tool`."""
+    from llm_sepweight import __version__
+
+    return f"llm_sepweight {__version__}"

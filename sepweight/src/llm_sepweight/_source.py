@@ -1,0 +1,98 @@
+"""Where a split takes its tensors from: a checkpoint or split model on disk; others can be written to the same form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from llm_sepweight._catalog import Entry, inside, read_limited
+from llm_sepweight._errors import WeightError
+from llm_sepweight._store import WeightStore
+from llm_sepweight._writing import remove
+
+COMPANIONS = (  # what travels along with the weights
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "chat_template*",
+    "LICENSE*",
+)
+
+
+class Source(Protocol):
+    """Tensors by part, from anywhere."""
+
+    name: str  # stands in the manifest
+    model: str  # the same
+    config: dict[str, Any]
+    parts: Mapping[str, Mapping[str, Entry]]  # in the order of the model
+
+    def copy(self, part: str, name: str, start: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of a tensor from `start` on; called by several threads."""
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON that is the same as long as the source is; a split goes on only from the source that it began with."""
+        ...
+
+    def check_unchanged(self) -> None:
+        """Raises WeightError where the source is not what it was when it was opened."""
+        ...
+
+    def companions(self) -> dict[str, bytes]:
+        """The small files that belong to the model."""
+        ...
+
+
+class StoreSource:
+    """What a store holds, on disk."""
+
+    def __init__(self, store: WeightStore) -> None:
+        self.store = store
+        self.name = store.path.resolve().name if store.manifest is None else store.manifest.source
+        self.model = "" if store.manifest is None else store.manifest.model
+        self.config = store.config
+        self.parts: Mapping[str, Mapping[str, Entry]] = {part: store._part(part) for part in store.parts}
+        self._found = self.fingerprint()
+
+    def copy(self, part: str, name: str, start: int, out: memoryview) -> None:
+        self.store._reader.copy(part, name, self.parts[part][name], start, out)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Size and time of change of each file that is there."""
+        found = {}
+        for file in map(Path, self.store._reader.files):
+            if file.exists():
+                status = file.stat()
+                found[file.name] = [status.st_size, status.st_mtime_ns]
+        return found
+
+    def check_unchanged(self) -> None:
+        now = self.fingerprint()
+        for name, state in self._found.items():
+            if now.get(name) != state:
+                remedy = "Nothing of it was used; split again from a source that stays as it is."
+                raise WeightError("the source was changed meanwhile", file=self.store.path / name, remedy=remedy)
+
+    def release(self, file: str) -> None:
+        """Remove a file of the source."""
+        self.store._reader.files[file].close()
+        if Path(file).exists():
+            remove(Path(file))
+        self._found.pop(Path(file).name, None)
+
+    def companions(self) -> dict[str, bytes]:
+        if self.store.manifest is not None:
+            names = sorted(self.store.manifest.files)
+        else:
+            found = {path for pattern in COMPANIONS for path in self.store.path.glob(pattern) if path.is_file()}
+            names = sorted(path.name for path in found)
+        return {name: read_limited(inside(self.store.path / name)) for name in names}
