@@ -16,6 +16,7 @@ from llm_sepweight._manifest import MANIFEST, read_manifest
 from llm_sepweight._parts import write_parts
 from llm_sepweight._source import StoreSource
 from llm_sepweight._store import WeightStore, open
+from llm_sepweight._writing import locked
 
 
 def split(
@@ -44,7 +45,8 @@ def split(
     """
     directory = Path(destination)
     if in_place and _was_done(source, directory):
-        return
+        with locked(directory):  # which removes the lock of one that was killed at its very end
+            return
     with _opened(source, layout, directory, in_place) as store:
         if not in_place and directory.exists() and directory.samefile(store.path):
             problem = "source and destination are the same"

@@ -1,0 +1,235 @@
+"""A split that is killed at any moment, run again: the same bytes as undisturbed, and never a tensor in neither place."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import llm_sepweight
+from llm_sepweight import WeightError, _copying, _parts
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Any]:
+    """split(source, destination, in_place, step) in a process of its own: exit status, and how often it changed the disk."""
+    script = Path(__file__).with_name("split_in_forks.py")
+    with subprocess.Popen(
+        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def split(source: Path, destination: Path, in_place: bool, step: int | None = None) -> list[int]:
+            order = {"source": str(source), "destination": str(destination), "in_place": in_place, "step": step}
+            print(json.dumps(order), file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+
+        yield split
+        process.stdin.close()
+
+
+@pytest.fixture
+def sharded(checkpoint, tensors) -> Path:
+    """The checkpoint in five shards; every layer lies in two of them, the last shard holds only what is dropped."""
+    for shard in checkpoint.glob("*.safetensors"):
+        shard.unlink()
+    dropped = [key for key in tensors if "inv_freq" in key]
+    keys = [key for key in tensors if key not in dropped]
+    weight_map = {}
+    for number in range(5):
+        name = f"model-{number}.safetensors"
+        chosen = dropped if number == 4 else keys[number * len(keys) // 4 : (number + 1) * len(keys) // 4]
+        save_file({key: tensors[key] for key in chosen}, checkpoint / name)
+        weight_map |= dict.fromkeys(chosen, name)
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return checkpoint
+
+
+def assert_nothing_is_lost(source: Path, destination: Path, before: dict[str, bytes], whole: dict[str, bytes]) -> None:
+    """Each part is complete in the destination, or the shards that its tensors come from are all in the source."""
+    index = json.loads(before["model.safetensors.index.json"])["weight_map"]
+    manifest = json.loads(whole["sepweight.json"])
+    for fields in manifest["parts"].values():
+        path = destination / fields["file"]
+        if not path.exists() or path.read_bytes() != whole[path.name]:
+            keys = [key for tensor in fields["tensors"].values() for key in tensor.get("keys", [])]
+            for shard in {index[key] for key in keys}:
+                assert (source / shard).read_bytes() == before[shard], fields["file"]
+
+
+@pytest.mark.parametrize(("how", "kills"), [("beside", 50), ("in place", 50), ("in its own directory", 20)])
+def test_a_split_killed_at_any_moment_goes_on_to_the_same_bytes(forks, sharded, tmp_path, how, kills):
+    in_place = how != "beside"
+    before = contents(sharded)
+
+    def begin(name: str) -> tuple[Path, Path]:
+        source = tmp_path / name / "checkpoint"
+        shutil.copytree(sharded, source)
+        return source, source if how == "in its own directory" else tmp_path / name / "split"
+
+    source, destination = begin("undisturbed")
+    status, steps = forks(source, destination, in_place)
+    assert status == 0
+    whole = contents(destination)
+    assert in_place == (not any(source.glob("model*")))
+    with llm_sepweight.open(destination) as weights:
+        assert weights.parts == ("begin", "mid.00000", "mid.00001", "mid.00002", "end")
+
+    assert forks(source, destination, in_place)[0] == 0  # nothing is left to do
+    assert contents(destination) == whole
+
+    killed = 0
+    for moment in sorted(random.Random(0).choices(range(steps), k=kills)):
+        source, destination = begin("killed")
+        status, _ = forks(source, destination, in_place, moment)
+        killed += status == -9
+        if destination.exists():
+            assert_nothing_is_lost(source, destination, before, whole)
+        if (destination / "sepweight.json").exists():
+            assert llm_sepweight.verify(destination) == []
+        assert forks(source, destination, in_place)[0] == 0, moment
+        assert contents(destination) == whole, moment
+        assert in_place == (not any(source.glob("model*")))
+        shutil.rmtree(tmp_path / "killed")
+    assert killed > 0.9 * kills
+
+
+def test_a_split_with_other_options_or_from_a_changed_source_does_not_go_on(forks, sharded, tmp_path, layout):
+    destination = tmp_path / "split"
+    assert forks(sharded, destination, False, 40)[0] == -9
+    with pytest.raises(WeightError, match=r"unfinished split of 'checkpoint' here, with other options.*remove the dir"):
+        llm_sepweight.split(sharded, destination, layout=layout, spec="b 0:1")
+    with pytest.raises(WeightError, match="unfinished split.*other options"):
+        llm_sepweight.split(sharded, destination, layout=layout, in_place=True)
+    with pytest.raises(WeightError, match="unfinished split.*other options"):
+        llm_sepweight.split(sharded, destination, layout=layout, dtype=torch.float32)
+    os.utime(sharded / "model-2.safetensors")
+    with pytest.raises(WeightError, match="source has changed since .*model-2.safetensors.*split again"):
+        llm_sepweight.split(sharded, destination, layout=layout)
+    assert not (destination / "sepweight.json").exists()
+
+
+def test_parts_that_are_complete_are_not_written_again(forks, sharded, tmp_path, layout):
+    destination = tmp_path / "split"
+    assert forks(sharded, destination, False, 40)[0] == -9
+    before = {path.name: path.stat().st_ino for path in destination.glob("*.safetensors")}
+    seen: list[tuple[int, int]] = []
+    llm_sepweight.split(sharded, destination, layout=layout, progress=lambda *done: seen.append(done))
+    kept = [name for name, inode in before.items() if (destination / name).stat().st_ino == inode]
+    assert 0 < len(kept) < 5
+    assert seen[0][0] > sum((destination / name).stat().st_size for name in kept)
+    assert seen[-1][0] == seen[-1][1]
+
+
+def test_a_record_whose_last_line_was_cut_short_counts_without_it(forks, sharded, tmp_path, layout):
+    destination = tmp_path / "split"
+    assert forks(sharded, destination, False, 40)[0] == -9
+    journal = destination / ".sepweight.journal"
+    journal.write_bytes(journal.read_bytes() + b'{"part": "en')
+    llm_sepweight.split(sharded, destination, layout=layout)
+    assert llm_sepweight.verify(destination) == []
+
+
+def test_a_source_that_changes_under_a_split_is_noticed(sharded, tmp_path, layout):
+    def change(done: int, total: int) -> None:
+        os.utime(sharded / "model-3.safetensors")
+
+    with pytest.raises(WeightError, match="source was changed meanwhile.*model-3.safetensors"):
+        llm_sepweight.split(sharded, tmp_path / "split", layout=layout, progress=change)
+    assert not (tmp_path / "split" / "sepweight.json").exists()
+
+
+def test_a_second_split_to_the_same_place_is_refused_while_the_first_is_at_work(sharded, tmp_path, layout):
+    refused = []
+
+    def meanwhile(done: int, total: int) -> None:
+        if not refused:
+            with pytest.raises(WeightError, match="another process is writing here.*Wait") as caught:
+                llm_sepweight.split(sharded, tmp_path / "split", layout=layout)
+            refused.append(caught)
+
+    llm_sepweight.split(sharded, tmp_path / "split", layout=layout, progress=meanwhile)
+    assert len(refused) == 1
+    assert llm_sepweight.verify(tmp_path / "split") == []
+
+
+def test_in_place_keeps_the_files_of_parts_that_are_not_written(sharded, tmp_path, layout):
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
+    before = contents(sharded)
+    llm_sepweight.split(sharded, tmp_path / "split", layout=layout, spec="2:3 e", in_place=True)
+    for key, shard in index.items():
+        if "layers.0" in key or "layers.1" in key:
+            assert (sharded / shard).read_bytes() == before[shard]
+    assert (sharded / "model.safetensors.index.json").exists()
+
+
+def test_in_place_needs_room_for_few_parts_only(sharded, tmp_path, layout, monkeypatch):
+    """No more is on the disk at any time than the checkpoint and, beside it, the two parts in the making."""
+    monkeypatch.setattr(_copying, "WINDOW", 4096)  # parts of 3 to 13 windows
+    monkeypatch.setattr(_copying, "AHEAD", 2)
+
+    def on_disk() -> int:
+        return sum(path.stat().st_size for folder in (sharded, tmp_path / "split") for path in folder.glob("*.safe*"))
+
+    before = on_disk()
+    most = []
+    llm_sepweight.split(
+        sharded, tmp_path / "split", layout=layout, in_place=True, progress=lambda *_: most.append(on_disk())
+    )
+    parts = sorted(path.stat().st_size for path in (tmp_path / "split").glob("*.safetensors"))
+    assert max(most) < before + sum(parts[-2:])
+
+
+def test_what_cannot_be_freed_is_refused_in_place(sharded, tmp_path, layout):
+    llm_sepweight.split(sharded, tmp_path / "split", layout=layout)
+    with pytest.raises(WeightError, match="split already"):
+        llm_sepweight.split(tmp_path / "split", tmp_path / "again", in_place=True)
+    with (
+        llm_sepweight.open(sharded, layout) as weights,
+        pytest.raises(ValueError, match="give the path of a checkpoint"),
+    ):
+        llm_sepweight.split(weights, tmp_path / "again", in_place=True)
+    (sharded / "model-1.safetensors").rename(sharded / "elsewhere")
+    (sharded / "model-1.safetensors").symlink_to("elsewhere")
+    with pytest.raises(WeightError, match="a link cannot be freed.*model-1"):
+        llm_sepweight.split(sharded, tmp_path / "again", layout=layout, in_place=True)
+    assert (sharded / "elsewhere").exists()
+
+
+def test_a_part_that_reads_back_otherwise_frees_nothing(sharded, tmp_path, layout, monkeypatch):
+    before = contents(sharded)
+    monkeypatch.setattr(_parts, "file_checksum", lambda path: "xxh3_128:" + "0" * 32)
+    with pytest.raises(WeightError, match="not what was written.*Check the disk"):
+        llm_sepweight.split(sharded, tmp_path / "split", layout=layout, in_place=True)
+    assert contents(sharded) == before
+
+
+def test_no_thread_and_no_temporary_file_outlives_a_split_that_fails(sharded, tmp_path, layout):
+    threads = threading.active_count()
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        llm_sepweight.split(sharded, tmp_path / "split", layout=layout, progress=stop)
+    assert threading.active_count() == threads
+    assert not list((tmp_path / "split").glob("*.partial"))
+    llm_sepweight.split(sharded, tmp_path / "split", layout=layout)
+    assert llm_sepweight.verify(tmp_path / "split") == []
