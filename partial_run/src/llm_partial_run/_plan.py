@@ -11,8 +11,8 @@ import torch
 from ._memory import format_bytes
 from ._units import Model, Unit
 
-READERS = 2  # reads in flight: more bring no more, and each takes a slot
-AHEAD = READERS + 1  # slots of the ring: those being read, and the one being computed
+READERS = 3  # reads in flight: what disks need to be busy while one of them has just ended
+AHEAD = READERS + 2  # slots of the ring: those being read, the next one, and the one being computed
 MICRO_BATCH = 128  # tokens that go through a layer at once: enough for matrix kernels, little beside the weights
 
 
