@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import re
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +92,91 @@ def checkpoint(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
         weight_map |= dict.fromkeys(chosen, name)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return directory
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a RangeServer was asked for."""
+
+    path: str
+    name: str
+    headers: Mapping[str, str]
+
+
+class Request(BaseHTTPRequestHandler):
+    """A request to a RangeServer, and those that follow on the same connection."""
+
+    protocol_version = "HTTP/1.1"
+    server: RangeServer
+
+    def do_GET(self) -> None:
+        self.name = self.path.split("?")[0].rsplit("/", 1)[-1]
+        self.server.requests.append(Asked(self.path, self.name, self.headers))
+        try:
+            if not self.server.trick(self):
+                self.serve()
+        except ConnectionError:  # whoever asked has gone
+            self.close_connection = True
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def serve(self) -> None:
+        """As a good server does: 206 for a range, unless If-Range speaks of another version."""
+        file = self.server.directory / self.name
+        if not file.is_file():
+            return self.answer(404)
+        data = file.read_bytes()
+        etag = f'"{zlib.crc32(data):08x}"'
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if not wanted or self.headers.get("If-Range", etag) != etag:
+            return self.answer(200, data, ETag=etag)
+        start, stop = int(wanted[1]), min(int(wanted[2]) + 1, len(data))
+        if start >= len(data):
+            return self.answer(416)
+        self.answer(206, data[start:stop], ETag=etag, Content_Range=f"bytes {start}-{stop - 1}/{len(data)}")
+
+    def answer(self, status: int, body: bytes = b"", **headers: str | None) -> None:
+        """Send this; a header that is None is left out."""
+        self.send_response(status)
+        for name, value in {"Content_Length": str(len(body)), **headers}.items():
+            if value is not None:
+                self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+            self.server.sent += len(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+class RangeServer(ThreadingHTTPServer):
+    """Serves the files of one directory under any path. trick(request) may answer in its place, and then gives True."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Request)
+        self.directory = directory
+        self.url = f"http://127.0.0.1:{self.server_port}/model"
+        self.requests: list[Asked] = []
+        self.sent = 0  # bytes of bodies
+        self.trick: Callable[[Request], object] = lambda request: False
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Path], RangeServer]]:
+    """serve(directory) starts a web server."""
+    servers: list[RangeServer] = []
+
+    def start(directory: Path) -> RangeServer:
+        server = RangeServer(directory)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

@@ -7,9 +7,10 @@
 from llm_sepweight._catalog import TensorInfo
 from llm_sepweight._damage import Damage
 from llm_sepweight._errors import WeightError
+from llm_sepweight._fetch import fetch
 from llm_sepweight._split import split
 from llm_sepweight._store import WeightStore, open
 from llm_sepweight._verify import verify
 
 __version__ = "0.2.0"
-__all__ = ["Damage", "TensorInfo", "WeightError", "WeightStore", "open", "split", "verify"]
+__all__ = ["Damage", "TensorInfo", "WeightError", "WeightStore", "fetch", "open", "split", "verify"]

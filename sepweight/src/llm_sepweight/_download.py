@@ -1,0 +1,215 @@
+"""Files that grow from their start while several ranges are on the way, and that a later run goes on with."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+
+from llm_sepweight._catalog import parse_json
+from llm_sepweight._checksum import Checksum
+from llm_sepweight._copying import Contents, Progress, nbytes_of
+from llm_sepweight._errors import WeightError
+from llm_sepweight._writing import check_room, naming, put_in_place, remove, temporary
+
+WINDOW = 4 << 20  # bytes asked for at a time
+RECORD = ".sepweight.fetch"
+
+
+@dataclass(frozen=True)
+class Download:
+    """A file to be made. `of` differs whenever its bytes may; check(path) raises where the whole file is not right."""
+
+    name: str
+    contents: Contents
+    of: str
+    check: Callable[[Path, str], None]  # given the path for the time being, and the checksum
+
+    @property
+    def nbytes(self) -> int:
+        return nbytes_of(self.contents)
+
+
+@dataclass
+class _Start:
+    """How far a file is there already, with the checksum of that much."""
+
+    nbytes: int = 0
+    checksum: Checksum = field(default_factory=Checksum)
+    in_place: bool = False
+
+
+def download(
+    wanted: Sequence[Download], directory: Path, *, connections: int, stop: Callable[[], None], progress: Progress
+) -> dict[str, str]:
+    """Make the files, one after the other; gives their checksums. stop() makes reads under way end soon.
+
+    What an earlier run left is taken up as far as its record proves it right.
+    """
+    record = _Record(directory / RECORD)
+    starts = {each.name: record.start(each) for each in wanted}
+    done, total = sum(start.nbytes for start in starts.values()), sum(each.nbytes for each in wanted)
+    check_room(directory, total - done)
+    with ThreadPoolExecutor(connections, thread_name_prefix="llm_sepweight fetch") as pool, record:
+        windows = (
+            (each.contents, offset, min(WINDOW, each.nbytes - offset))
+            for each in wanted
+            for offset in range(starts[each.name].nbytes, each.nbytes, WINDOW)
+        )
+        arriving = _in_order(pool, windows, at_once=2 * connections)
+        try:
+            progress(done, total)
+            for each in wanted:
+                start = starts[each.name]
+                if start.in_place:
+                    continue
+                with _opened(temporary(directory / each.name), start.nbytes) as file:
+                    reached = start.nbytes
+                    while reached < each.nbytes:
+                        data = next(arriving)
+                        _write(file, data)
+                        start.checksum.update(data)
+                        reached += len(data)
+                        done += len(data)
+                        record.add(each, reached, start.checksum)
+                        progress(done, total)
+                    _sync(file)
+                _finish(each, directory / each.name, start.checksum.text)
+        except BaseException:
+            stop()
+            raise
+        finally:
+            arriving.close()
+    return {each.name: starts[each.name].checksum.text for each in wanted}
+
+
+def forget(directory: Path) -> None:
+    """Remove the record: all that it speaks of is in the manifest."""
+    remove(directory / RECORD)
+
+
+class _Record:
+    """A line for each window that was written: of which file, how far it has come, the checksum of that much.
+
+    It is not synced to the disk, since nothing in it is believed before the file's bytes agree with it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: FileIO | None = None
+        self._lines: dict[tuple[str, str], tuple[int, str]] = {}  # (name, of) -> (bytes, checksum): the last counts
+        with naming(path):
+            data = path.read_bytes() if path.exists() else b""
+        for line in data.split(b"\n"):
+            try:
+                fields = parse_json(line)
+                self._lines[fields["name"], fields["of"]] = fields["nbytes"], fields["checksum"]
+            except (ValueError, KeyError, RecursionError):
+                continue  # cut short as its writer was killed
+
+    def start(self, each: Download) -> _Start:
+        """How far a file has come, as its bytes prove."""
+        nbytes, checksum = self._lines.get((each.name, each.of), (0, ""))
+        path = self.path.with_name(each.name)
+        for place in (path, temporary(path)) if nbytes else ():
+            start = _Start(nbytes, _checksum_of(place, nbytes), in_place=place == path and nbytes == each.nbytes)
+            if start.checksum.text == checksum and (start.in_place or place != path):
+                return start
+        return _Start()
+
+    def add(self, each: Download, nbytes: int, checksum: Checksum) -> None:
+        fields = {"name": each.name, "of": each.of, "nbytes": nbytes, "checksum": checksum.text}
+        with naming(self.path):
+            if self._file is None:
+                self._file = FileIO(self.path, "a")
+                self._file.write(b"\n")  # ends a line that was cut short
+            self._file.write(json.dumps(fields).encode() + b"\n")
+
+    def __enter__(self) -> _Record:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, windows: Iterator[tuple[Contents, int, int]], *, at_once: int
+) -> Generator[bytearray, None, None]:
+    """The bytes of the windows, in their order, while later ones are on the way."""
+    under_way: deque[Future[bytearray]] = deque()
+    try:
+        for window in windows:
+            under_way.append(pool.submit(_read, *window))
+            if len(under_way) == at_once:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        wait([future for future in under_way if not future.cancel()])
+
+
+def _read(contents: Contents, start: int, nbytes: int) -> bytearray:
+    data = bytearray(nbytes)
+    at = 0  # where a piece starts in the file
+    for piece in contents:
+        first, last = max(start, at), min(start + nbytes, at + piece.nbytes)
+        if first < last:
+            piece.copy(first - at, memoryview(data)[first - start : last - start])
+        at += piece.nbytes
+    return data
+
+
+@contextmanager
+def _opened(path: Path, nbytes: int) -> Iterator[FileIO]:
+    """The file with its first `nbytes` bytes, to be written on."""
+    with naming(path):
+        file = FileIO(path, "r+", opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o666))
+        file.truncate(nbytes)
+        file.seek(nbytes)
+    with file:
+        yield file
+
+
+def _write(file: FileIO, data: bytearray) -> None:
+    rest = memoryview(data)
+    with naming(file.name):
+        while rest:
+            rest = rest[file.write(rest) :]
+
+
+def _sync(file: FileIO) -> None:
+    with naming(file.name):
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):  # leave the page cache to others
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _finish(each: Download, path: Path, checksum: str) -> None:
+    try:
+        each.check(temporary(path), checksum)
+    except WeightError:
+        remove(temporary(path))  # to go on with it would lead here again
+        raise
+    put_in_place(path)
+
+
+def _checksum_of(path: Path, nbytes: int) -> Checksum:
+    """That of the first `nbytes` bytes, as far as they are there."""
+    checksum = Checksum()
+    with naming(path):
+        if not path.is_file():
+            return checksum
+        with FileIO(path) as file:
+            while nbytes and (data := file.read(min(nbytes, WINDOW))):
+                checksum.update(data)
+                nbytes -= len(data)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return checksum

@@ -1,0 +1,301 @@
+"""Getting the parts that a node runs, and nothing else, from wherever a model lies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from llm_sepweight._catalog import DAMAGED, Entry, Extent, in_order, parse_json
+from llm_sepweight._checkpoint import Layout, arrange, chosen_extents, keys_by_file
+from llm_sepweight._checksum import checksum
+from llm_sepweight._copying import Piece, literal
+from llm_sepweight._download import Download, download, forget
+from llm_sepweight._errors import WeightError
+from llm_sepweight._header import header_length, parse_header
+from llm_sepweight._manifest import (
+    MANIFEST,
+    FileInfo,
+    Manifest,
+    PartInfo,
+    needed,
+    parse_manifest,
+    read_manifest,
+    stored_in,
+)
+from llm_sepweight._plan import PlannedPart, plan
+from llm_sepweight._remote import START, Remote, RemoteFile, open_remote
+from llm_sepweight._source import COMPANIONS
+from llm_sepweight._writing import locked, make_directory, write_bytes
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+GUESSED = (  # where nothing can be listed
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a source has for a spec. In a checkpoint nothing tells a part's checksum: it is empty until it was read."""
+
+    manifest: Manifest
+    downloads: dict[str, Download]
+    companions: dict[str, FileInfo | None]
+
+
+def fetch(
+    source: str | Path,
+    spec: str,
+    destination: str | Path,
+    *,
+    layout: Layout | None = None,
+    headers: Mapping[str, str] | None = None,
+    connections: int = 8,
+    timeout: float = 30.0,
+    retries: int = 5,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Get the parts that `spec` names, and the model's small files, into a sepweight directory.
+
+    source: where a sepweight directory or, with a layout, a Hugging Face checkpoint lies: `https://host/model`,
+    `hf://owner/name` or `hf://owner/name@revision`, `s3://bucket/model`, `file:///model`, whatever else fsspec knows, or a path.
+    Of a checkpoint only the bytes of the tensors needed are read, and each file is as `split` would write it.
+    headers: for http(s) and the hub. connections: requests at once. timeout: seconds without a byte after which a
+    request is given up. retries: of a request that failed for a reason that may pass, after pauses that double.
+    progress: called with (bytes done, bytes in all).
+
+    Run again after it was stopped at any moment, it goes on from there; for more parts of the same model, it adds them.
+    A part with tensors that another one stores brings that one along.
+    Raises WeightError where the source lacks something, changes meanwhile, or sends anything but the bytes asked for, and
+    ValueError for a bad spec.
+    """
+    if connections < 1 or retries < 0 or timeout <= 0:
+        problem = f"not possible: connections={connections}, retries={retries}, timeout={timeout}"
+        raise ValueError(f"{problem}; at least 1, at least 0 and more than 0 are")
+    directory = Path(destination)
+    if Path(source).is_dir() and directory.is_dir() and directory.samefile(source):
+        raise WeightError("source and destination are the same", file=directory, remedy="Choose another destination.")
+    with open_remote(
+        str(source), headers=headers or {}, timeout=timeout, retries=retries, connections=connections
+    ) as remote:
+        with ThreadPoolExecutor(connections, thread_name_prefix="llm_sepweight ask") as pool:
+            found = _find(remote, spec, layout, pool)
+        make_directory(directory)
+        with locked(directory):
+            here = _here(directory, found.manifest, remote)
+            missing = {part: each for part, each in found.downloads.items() if not _is_here(directory, here, part)}
+            checksums = download(
+                list(missing.values()),
+                directory,
+                connections=connections,
+                stop=remote.stop,
+                progress=progress or (lambda done, total: None),
+            )
+            files = here.files | _get_companions(remote, directory, found, here)
+            parts = here.parts | {
+                part: replace(found.manifest.parts[part], checksum=checksums[each.name])
+                for part, each in missing.items()
+            }
+            manifest = replace(found.manifest, parts=in_order(parts), files=files)
+            data = manifest.to_bytes()
+            parse_manifest(data, directory / MANIFEST)
+            write_bytes(directory / MANIFEST, data)
+            forget(directory)
+
+
+def _find(remote: Remote, spec: str, layout: Layout | None, pool: ThreadPoolExecutor) -> Found:
+    data = remote.small(MANIFEST)
+    if data is not None:
+        return _in_directory(remote, parse_manifest(data, remote.where(MANIFEST)).select(spec), pool)
+    if layout is None:
+        problem = f"there is no {MANIFEST} here, and a checkpoint needs a layout to say what belongs to which part"
+        raise WeightError(problem, file=remote.name, remedy="Check the address, or pass layout=.")
+    return _in_checkpoint(remote, spec, layout, pool)
+
+
+def _in_directory(remote: Remote, manifest: Manifest, pool: ThreadPoolExecutor) -> Found:
+    """The parts of a sepweight directory: their files as they are."""
+    names = [info.file for info in manifest.parts.values()]
+    files = dict(zip(manifest.parts, pool.map(remote.find, names), strict=True))
+    for part, info in manifest.parts.items():
+        if files[part].size != info.nbytes:
+            problem = f"the file has {files[part].size} bytes, but {info.nbytes} in the manifest"
+            raise WeightError(problem, file=remote.where(info.file), part=part, remedy="Verify the source.")
+    downloads = {
+        part: Download(
+            info.file,
+            [_range(remote, part, files[part], 0, info.nbytes)],
+            f"{info.nbytes} {info.checksum}",
+            _checker(remote, part, [files[part]], info),
+        )
+        for part, info in manifest.parts.items()
+    }
+    return Found(manifest, downloads, dict(manifest.files))
+
+
+def _in_checkpoint(remote: Remote, spec: str, layout: Layout, pool: ThreadPoolExecutor) -> Found:
+    """The parts of a checkpoint: each file as `split` would write it, its tensors from wherever the shards have them."""
+    keys_of = _shards(remote)
+    files = {file.name: file for file in pool.map(remote.find, keys_of)}
+    for file in files.values():
+        if file.version is None:
+            problem = (
+                "the server gives neither ETag nor Last-Modified, so nothing would tell if the file changed meanwhile"
+            )
+            raise WeightError(problem, file=remote.where(file.name), remedy="Split the model, and fetch from that.")
+    config_data = remote.small("config.json")
+    config = {} if config_data is None else _json(config_data, remote.where("config.json"))
+    extents: list[Extent] = []
+    for name, read in zip(files, pool.map(lambda file: _header(remote, file), files.values()), strict=True):
+        extents += chosen_extents(read, keys_of[name], remote.where(name))
+    entries = arrange(extents, layout, config)
+    planned = plan(entries)
+    parts = needed(planned, spec)
+    where = {remote.where(file.name): file for file in files.values()}
+    downloads = {part: _gathered(remote, part, planned[part], entries[part], where) for part in parts}
+    versions = [[file.name, file.size, file.version] for file in files.values()]
+    manifest = Manifest(
+        tool=_tool(),
+        source=remote.name.rsplit("/", 1)[-1],
+        config=config,
+        parts={part: PartInfo(planned[part].file, planned[part].nbytes, "", planned[part].tensors) for part in parts},
+        files={},
+        model=checksum(json.dumps(versions).encode()),
+    )
+    names = remote.names()
+    listed = [name for name in names or () if any(fnmatch(name, pattern) for pattern in COMPANIONS)]
+    return Found(manifest, downloads, dict.fromkeys(GUESSED if names is None else sorted(listed)))
+
+
+def _shards(remote: Remote) -> dict[str, list[str]]:
+    """The files of a checkpoint, with the keys that the index takes from each; all, where there is no index."""
+    index = remote.small(INDEX)
+    if index is not None:
+        return keys_by_file(_json(index, remote.where(INDEX)), remote.where(INDEX))
+    names = remote.names()
+    if names is not None and SINGLE not in names:
+        problem = f"no checkpoint here: none of {MANIFEST}, {INDEX}, {SINGLE}"
+        remedy = "Check the address. A .bin checkpoint has to be downloaded whole, and split."
+        raise WeightError(problem, file=remote.name, remedy=remedy)
+    return {SINGLE: []}
+
+
+def _header(remote: Remote, file: RemoteFile) -> list[Extent]:
+    where = remote.where(file.name)
+    length = header_length(file.start, file.size, where)
+    return parse_header(remote.read(file, START, length), file.size, where)
+
+
+def _gathered(
+    remote: Remote, part: str, planned: PlannedPart, entries: Mapping[str, Entry], files: Mapping[str, RemoteFile]
+) -> Download:
+    """A part's file, made of a header and ranges of the shards; those that follow each other there are one."""
+    ranges: list[tuple[RemoteFile, int, int]] = []
+    for extent in (extent for name in planned.order for extent in entries[name].extents if extent.nbytes):
+        file, offset, nbytes = files[extent.file], extent.offset, extent.nbytes
+        if ranges and ranges[-1][0] == file and sum(ranges[-1][1:]) == offset:
+            _, offset, before = ranges.pop()
+            nbytes += before
+        ranges.append((file, offset, nbytes))
+    contents = [literal(planned.header), *(_range(remote, part, *each) for each in ranges)]
+    of = [checksum(planned.header), *([file.name, file.size, file.version, *span] for file, *span in ranges)]
+    used = list({file.name: file for file, _, _ in ranges}.values())
+    return Download(planned.file, contents, checksum(json.dumps(of).encode()), _checker(remote, part, used, None))
+
+
+def _range(remote: Remote, part: str, file: RemoteFile, offset: int, nbytes: int) -> Piece:
+    def copy(start: int, out: memoryview) -> None:
+        try:
+            out[:] = remote.read(file, offset + start, len(out))
+        except WeightError as error:
+            error.part = part
+            raise
+
+    return Piece(nbytes, copy)
+
+
+def _checker(
+    remote: Remote, part: str, used: Iterable[RemoteFile], info: PartInfo | None
+) -> Callable[[Path, str], None]:
+    """Raises where a file is not what the source's manifest says, or the source was changed while it was read."""
+
+    def check(path: Path, found: str) -> None:
+        for file in used:
+            remote.still(file)
+        if info is None:
+            return
+        if found != info.checksum:
+            problem = f"the bytes that came have the checksum {found}, but {info.checksum} in the manifest"
+            remedy = "Verify the source, then fetch again."
+            raise WeightError(problem, file=remote.where(info.file), part=part, remedy=remedy)
+        stored_in(path, info)
+
+    return check
+
+
+def _here(directory: Path, wanted: Manifest, remote: Remote) -> Manifest:
+    """What the destination holds already, which must be of the same model."""
+    if not (directory / MANIFEST).exists():
+        return replace(wanted, parts={}, files={})
+    here = read_manifest(directory)
+    if here.model != wanted.model or not here.model or here.config != wanted.config:
+        problem = f"there is a model here already, and it cannot be told to be the one at {remote.name}"
+        remedy = "Choose another destination, or remove this one first."
+        raise WeightError(problem, file=directory / MANIFEST, remedy=remedy)
+    return here
+
+
+def _is_here(directory: Path, here: Manifest, part: str) -> bool:
+    info = here.parts.get(part)
+    if info is None:
+        return False
+    path = directory / info.file
+    return path.is_file() and path.stat().st_size == info.nbytes
+
+
+def _get_companions(remote: Remote, directory: Path, found: Found, here: Manifest) -> dict[str, FileInfo]:
+    """The small files, those that are new written."""
+    infos: dict[str, FileInfo] = {}
+    for name, info in found.companions.items():
+        if info is not None and here.files.get(name) == info and (directory / name).is_file():
+            continue
+        data = remote.small(name)
+        if data is None:
+            if info is not None:
+                problem = "the file is in the manifest, but not at the source"
+                raise WeightError(problem, file=remote.where(name), remedy="Verify the source.")
+            continue
+        infos[name] = FileInfo(len(data), checksum(data))
+        if info is not None and infos[name] != info:
+            problem = f"{len(data)} bytes came with the checksum {infos[name].checksum}, not those of the manifest"
+            raise WeightError(problem, file=remote.where(name), remedy="Verify the source, then fetch again.")
+        write_bytes(directory / name, data)
+    return infos
+
+
+def _json(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        return parse_json(data)
+    except (ValueError, RecursionError) as error:
+        raise WeightError(f"no valid JSON: {error}", file=where, remedy=DAMAGED) from error
+
+
+def _tool() -> str:
+    from llm_sepweight import __version__
+
+    return f"llm_sepweight {__version__}"

@@ -1,0 +1,318 @@
+"""fetch from places that behave: what arrives, and that nothing else does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import llm_sepweight
+from llm_sepweight import WeightError, _download, fetch
+
+HEADER_START = 8  # bytes of a file that tell its size and, in a shard, how long its header is
+
+
+@pytest.fixture
+def split(checkpoint, layout, tmp_path) -> Path:
+    llm_sepweight.split(checkpoint, tmp_path / "split", layout=layout)
+    return tmp_path / "split"
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_download, "WINDOW", 4096)
+
+
+def names_in(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def keys_of(shard: Path) -> list[str]:
+    with safe_open(shard, "pt") as opened:
+        return list(opened.keys())
+
+
+def assert_same_files(directory: Path, other: Path, names: set[str]) -> None:
+    for name in names:
+        assert (directory / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_a_node_gets_its_layers_and_nothing_else(split, serve, tmp_path, expected):
+    server = serve(split)
+    fetch(server.url, "1:3", tmp_path / "node")
+    own = {"mid.00001.safetensors", "mid.00002.safetensors"}
+    small = {"config.json", "tokenizer.json"}
+    assert names_in(tmp_path / "node") == own | small | {"sepweight.json"}
+    assert_same_files(tmp_path / "node", split, own | small)
+    with llm_sepweight.open(tmp_path / "node") as weights:
+        assert weights.parts == ("mid.00001", "mid.00002")
+        for name, tensor in expected["mid.00002"].items():
+            assert torch.equal(weights.load("mid.00002")[name], tensor)
+    asked_for = {request.name for request in server.requests}
+    assert asked_for == own | small | {"sepweight.json"}
+    needed = sum((split / name).stat().st_size for name in asked_for)
+    assert server.sent == needed + HEADER_START * len(own)
+
+
+def test_of_a_checkpoint_only_the_bytes_of_the_tensors_needed_are_read(checkpoint, split, serve, layout, tmp_path):
+    server = serve(checkpoint)
+    fetch(server.url, "1:2", tmp_path / "node", layout=layout)
+    assert names_in(tmp_path / "node") == {"mid.00001.safetensors", "sepweight.json", "config.json", "tokenizer.json"}
+    assert_same_files(tmp_path / "node", split, {"mid.00001.safetensors", "config.json", "tokenizer.json"})
+    with llm_sepweight.open(tmp_path / "node") as weights:
+        weights_needed = weights.nbytes("mid.00001")
+    whole = (
+        "config.json",
+        "config.json",
+        "tokenizer.json",
+        "model.safetensors.index.json",
+    )  # config.json also as a companion
+    headers = [int.from_bytes(shard.read_bytes()[:8], "little") + 8 for shard in checkpoint.glob("*.safetensors")]
+    assert len(headers) == 2
+    assert server.sent == weights_needed + sum(headers) + sum((checkpoint / name).stat().st_size for name in whole)
+
+
+@pytest.mark.parametrize("spec", ["b", "e", "0:2", "b 0:16", "f"])
+def test_what_is_fetched_from_a_checkpoint_is_what_split_writes(checkpoint, split, serve, layout, tmp_path, spec):
+    if spec == "b 0:16":
+        with pytest.raises(ValueError, match="there is no mid.00003"):
+            fetch(serve(checkpoint).url, spec, tmp_path / "node", layout=layout)
+        assert not (tmp_path / "node").exists()
+        return
+    fetch(serve(checkpoint).url, spec, tmp_path / "node", layout=layout)
+    assert_same_files(tmp_path / "node", split, names_in(tmp_path / "node") - {"sepweight.json"})
+    fetched, whole = (json.loads((path / "sepweight.json").read_text()) for path in (tmp_path / "node", split))
+    assert fetched["parts"] == {part: whole["parts"][part] for part in fetched["parts"]}
+    assert fetched["config"] == whole["config"]
+
+
+def test_a_part_with_a_tied_tensor_brings_the_part_that_stores_it(checkpoint, split, serve, layout, tmp_path, expected):
+    fetch(serve(checkpoint).url, "e", tmp_path / "from-checkpoint", layout=layout)
+    fetch(serve(split).url, "e", tmp_path / "from-split")
+    for directory in (tmp_path / "from-checkpoint", tmp_path / "from-split"):
+        with llm_sepweight.open(directory) as weights:
+            assert weights.parts == ("begin", "end")
+            assert torch.equal(weights.load("end")["head.weight"], expected["end"]["head.weight"])
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "split"])
+def test_a_later_fetch_adds_parts_and_gets_none_twice(kind, checkpoint, split, serve, layout, tmp_path):
+    server = serve({"checkpoint": checkpoint, "split": split}[kind])
+    for spec in ("1:2", "0:2", "e"):
+        before = len(server.requests)
+        fetch(server.url, spec, tmp_path / "node", layout=layout)
+    assert not any(request.name.startswith("mid.") for request in server.requests[before:])
+    with llm_sepweight.open(tmp_path / "node") as weights:
+        assert weights.parts == ("begin", "mid.00000", "mid.00001", "end")
+    assert_same_files(tmp_path / "node", split, names_in(tmp_path / "node") - {"sepweight.json"})
+    sent = server.sent
+    fetch(server.url, "0:2", tmp_path / "node", layout=layout)
+    assert server.sent - sent < 4096  # the manifest, or headers and index
+
+
+def test_parts_of_two_models_are_never_mixed(checkpoint, split, serve, layout, tensors, tmp_path):
+    fetch(serve(split).url, "0:1", tmp_path / "node")
+    before = {path: path.read_bytes() for path in (tmp_path / "node").iterdir()}
+    for shard in checkpoint.glob("*.safetensors"):  # another fine-tune: the same names, shapes and config
+        save_file({key: tensors[key] * 2 for key in keys_of(shard)}, shard)
+    llm_sepweight.split(checkpoint, tmp_path / "other", layout=layout)
+    for source in (tmp_path / "other", checkpoint):
+        with pytest.raises(WeightError, match="cannot be told to be the one at .*Choose another destination"):
+            fetch(serve(source).url, "1:2", tmp_path / "node", layout=layout)
+    assert {path: path.read_bytes() for path in (tmp_path / "node").iterdir()} == before
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "split"])
+def test_an_interrupted_fetch_goes_on_where_it_was(kind, checkpoint, split, serve, layout, tmp_path):
+    server = serve({"checkpoint": checkpoint, "split": split}[kind])
+
+    def interrupt(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch(server.url, "f", tmp_path / "node", layout=layout, connections=1, progress=interrupt)
+    assert "sepweight.json" not in names_in(tmp_path / "node")
+    with pytest.raises(WeightError):
+        llm_sepweight.open(tmp_path / "node")
+    sent = server.sent
+    seen = []
+    fetch(server.url, "f", tmp_path / "node", layout=layout, progress=lambda *done: seen.append(done))
+    total = sum(path.stat().st_size for path in split.glob("*.safetensors"))
+    assert seen == sorted(seen)
+    assert seen[0][0] > total // 2  # what was there counts as done
+    assert seen[-1] == (total, total)
+    overhead = 4096 + sum(len(path.read_bytes()) for path in server.directory.glob("*.json"))
+    assert server.sent - sent < total - seen[0][0] + 2 * overhead
+    assert_same_files(tmp_path / "node", split, names_in(split) - {"sepweight.json"})
+    assert names_in(tmp_path / "node") == names_in(split)
+
+
+def test_what_an_interrupted_fetch_left_is_not_believed_once_the_source_is_another(
+    checkpoint, serve, layout, tensors, tmp_path
+):
+    def interrupt(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch(serve(checkpoint).url, "f", tmp_path / "node", layout=layout, progress=interrupt)
+    for shard in checkpoint.glob("*.safetensors"):
+        save_file({key: -tensors[key] for key in keys_of(shard)}, shard)
+    llm_sepweight.split(checkpoint, tmp_path / "now", layout=layout)
+    fetch(serve(checkpoint).url, "f", tmp_path / "node", layout=layout)
+    assert_same_files(tmp_path / "node", tmp_path / "now", names_in(tmp_path / "now") - {"sepweight.json"})
+
+
+def test_what_an_interrupted_fetch_left_is_not_believed_once_it_is_damaged(split, serve, tmp_path):
+    def interrupt(done: int, total: int) -> None:
+        if done > total // 3:
+            raise KeyboardInterrupt
+
+    server = serve(split)
+    with pytest.raises(KeyboardInterrupt):
+        fetch(server.url, "f", tmp_path / "node", progress=interrupt)
+    [partial] = (tmp_path / "node").glob(".*.partial")
+    data = bytearray(partial.read_bytes())
+    data[100] ^= 1
+    partial.write_bytes(data)
+    fetch(server.url, "f", tmp_path / "node")
+    assert_same_files(tmp_path / "node", split, names_in(split))
+
+
+@pytest.mark.parametrize("form", ["file://{}", "{}"])
+def test_a_directory_is_a_source_too(form, checkpoint, split, layout, tmp_path):
+    fetch(form.format(split), "1:3", tmp_path / "node")
+    assert_same_files(tmp_path / "node", split, names_in(tmp_path / "node") - {"sepweight.json"})
+    fetch(form.format(checkpoint), "1:3", tmp_path / "node2", layout=layout)
+    assert_same_files(tmp_path / "node2", split, names_in(tmp_path / "node2") - {"sepweight.json"})
+    with pytest.raises(WeightError, match="source and destination are the same"):
+        fetch(split, "1:3", split)
+
+
+def test_a_bucket_is_a_source_too(split, serve, tmp_path, monkeypatch):
+    server = serve(split)
+    for name, value in {
+        "AWS_ENDPOINT_URL": server.url.removesuffix("/model"),
+        "AWS_ACCESS_KEY_ID": "somebody",
+        "AWS_SECRET_ACCESS_KEY": "something",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    fetch("s3://bucket/model", "0:1 e", tmp_path / "node")
+    assert_same_files(tmp_path / "node", split, names_in(tmp_path / "node") - {"sepweight.json"})
+    assert "mid.00001.safetensors" not in {request.name for request in server.requests}
+    assert all("AWS4-HMAC" in request.headers["Authorization"] for request in server.requests)
+
+
+HUB = """
+import sys, llm_sepweight
+layout = lambda key, config: [("mid.00000", key)] if key.startswith("layers.0.") else []
+llm_sepweight.fetch(sys.argv[1], "0:1", sys.argv[2], layout=layout)
+"""
+
+
+def test_a_model_on_the_hub_is_read_at_one_commit_with_the_token_and_that_goes_nowhere_else(
+    checkpoint, serve, tmp_path
+):
+    commit = "c0ffee" * 6 + "c0ff"
+    hub, storage = serve(checkpoint), serve(checkpoint)
+
+    def as_hub(request) -> bool:
+        if request.path.startswith("/api/models/owner/name/revision/v1"):
+            files = [{"rfilename": path.name} for path in checkpoint.iterdir()]
+            body = json.dumps({"id": "owner/name", "sha": commit, "siblings": files}).encode()
+            request.answer(200, body, Content_Type="application/json")
+        elif request.path.startswith(f"/owner/name/resolve/{commit}/") and request.name.endswith(".safetensors"):
+            request.answer(302, Location=f"{storage.url}/{request.name}?signature=x", X_Linked_ETag=f'"{request.name}"')
+        else:
+            return not request.path.startswith(f"/owner/name/resolve/{commit}/") and request.answer(404) is None
+        return True
+
+    hub.trick = as_hub
+    environment = {**os.environ, "HF_ENDPOINT": hub.url.removesuffix("/model"), "HF_TOKEN": "hf_secret"}
+    command = [sys.executable, "-c", HUB, "hf://owner/name@v1", tmp_path / "node"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert names_in(tmp_path / "node") == {"mid.00000.safetensors", "sepweight.json", "config.json", "tokenizer.json"}
+    assert json.loads((tmp_path / "node/sepweight.json").read_text())["source"] == f"name@{commit}"
+    about_the_model = [request for request in hub.requests if "/owner/name/" in request.path]
+    assert {request.headers["Authorization"] for request in about_the_model} == {"Bearer hf_secret"}
+    assert storage.requests
+    assert not any("Authorization" in request.headers for request in storage.requests)
+
+
+def test_a_model_that_the_hub_does_not_have_is_said_with_what_may_help(serve, tmp_path):
+    hub = serve(tmp_path)
+    environment = {**os.environ, "HF_ENDPOINT": hub.url.removesuffix("/model")}
+    command = [sys.executable, "-c", HUB, "hf://owner/name", tmp_path / "node"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "WeightError: the model cannot be found on the hub" in done.stderr
+    assert "set HF_TOKEN" in done.stderr
+
+
+def test_nothing_that_only_a_remote_source_needs_is_imported_before():
+    code = "import sys, llm_sepweight; print([m for m in sys.modules if m in ('httpx2', 'fsspec', 'huggingface_hub')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_a_library_that_is_missing_is_said_with_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    monkeypatch.delitem(sys.modules, "llm_sepweight._http", raising=False)
+    with pytest.raises(WeightError, match=r"https:// needs a library.*pip install 'llm_sepweight\[remote\]'"):
+        fetch("https://127.0.0.1/model", "f", tmp_path / "node")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("bogus://there", "Protocol not known: bogus.*Sources are http"),
+        ("file:///there/is/nothing", "there is no sepweight.json here"),
+        ("hf://name", "must be 'namespace/name'"),
+        ("http://[::1", "no valid address"),
+        (
+            "http://user:secret@127.0.0.1:1/x?key=secret",
+            r"^the connection failed: .*\(file http://127.0.0.1:1/x/sepweight.json\)$",
+        ),
+    ],
+)
+def test_a_source_that_cannot_be_is_said(source, message, tmp_path):
+    with pytest.raises(WeightError, match=message):
+        fetch(source, "f", tmp_path / "node", retries=0)
+    assert not (tmp_path / "node").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"connections": 0}, {"retries": -1}, {"timeout": 0}])
+def test_settings_that_cannot_be_are_refused(wrong, tmp_path):
+    with pytest.raises(ValueError, match=f"not possible: .*{next(iter(wrong))}={next(iter(wrong.values()))}"):
+        fetch("http://127.0.0.1:1", "f", tmp_path / "node", **wrong)
+
+
+def test_a_checkpoint_needs_a_layout_and_safetensors(checkpoint, layout, tmp_path):
+    with pytest.raises(WeightError, match="a checkpoint needs a layout"):
+        fetch(checkpoint, "f", tmp_path / "node")
+    for path in checkpoint.glob("model*"):
+        path.unlink()
+    (checkpoint / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(WeightError, match="A .bin checkpoint has to be downloaded whole"):
+        fetch(checkpoint, "f", tmp_path / "node", layout=layout)
+
+
+def test_a_second_fetch_to_the_same_place_is_refused(split, tmp_path):
+    refused = []
+
+    def second(done: int, total: int) -> None:
+        with pytest.raises(WeightError, match="another process is writing here") as error:
+            fetch(split, "f", tmp_path / "node")
+        refused.append(error)
+
+    fetch(split, "0:1", tmp_path / "node", progress=second)
+    assert refused
