@@ -100,23 +100,30 @@ def _planned(source: Source, part: str, info: PartInfo) -> PlannedPart | None:
 
 def _write_all(directory: Path, source: Source, progress: Progress | None) -> None:
     """Split anew what is here, where the manifest cannot be believed."""
-    for dtype in (None, *FLOATS):
-        everything = plan(source.parts, dtype)
-        here = {part for part, planned in everything.items() if (directory / planned.file).exists()}
-        if any(_begins_with(directory / everything[part].file, everything[part].header) for part in here):
-            break
-    else:
+    plans = {dtype: plan(source.parts, dtype) for dtype in (None, *FLOATS)}
+    fitting = {dtype: _fitting(directory, everything) for dtype, everything in plans.items()}
+    dtype = max(fitting, key=lambda dtype: len(fitting[dtype]))
+    if not fitting[dtype]:
         problem = "the manifest is damaged, and the source does not hold what is in the other files"
         raise WeightError(problem, file=directory / MANIFEST, remedy="Split the model again, to another place.")
+    everything = plans[dtype]
+    here = {part for part, planned in everything.items() if (directory / planned.file).exists()}
     wanted = here | (_claimed(directory / MANIFEST) & everything.keys())
     remove(directory / MANIFEST)
     remove_journal(directory)
     write_parts(source, directory, spec=_spec(wanted, everything), dtype=dtype, progress=progress)
 
 
-def _begins_with(path: Path, header: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(header)) == header
+def _fitting(directory: Path, planned: Mapping[str, PlannedPart]) -> list[str]:
+    """The parts whose files have the header that they would be given."""
+    found = []
+    for part, each in planned.items():
+        path = directory / each.file
+        if path.is_file():
+            with path.open("rb") as file:
+                if file.read(len(each.header)) == each.header:
+                    found.append(part)
+    return found
 
 
 def _claimed(path: Path) -> set[str]:

@@ -1,0 +1,227 @@
+"""Damage is found, whatever it is, by the name of the file; and mended from a source."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import llm_sepweight
+from llm_sepweight import WeightError, WeightStore, verify
+from llm_sepweight._reading import WeightFile
+
+DAMAGES = 200
+
+
+@pytest.fixture
+def directory(checkpoint, layout, tmp_path) -> Path:
+    llm_sepweight.split(checkpoint, tmp_path / "split", layout=layout)
+    return tmp_path / "split"
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def flip(path: Path, at: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def damage(directory: Path, chance: random.Random) -> set[str]:
+    """One random damage; the names of the files that it hits."""
+    names = sorted(path.name for path in directory.iterdir() if path.stat().st_size > 2)
+    name, other = chance.sample(names, 2)
+    path = directory / name
+    kind = chance.choice(["flip", "flip", "truncate", "extend", "zero", "swap", "missing", "replaced"])
+    if kind == "flip":
+        flip(path, chance.randrange(path.stat().st_size), chance.randrange(8))
+    elif kind == "truncate":
+        os.truncate(path, chance.randrange(path.stat().st_size))
+    elif kind == "extend":
+        path.write_bytes(path.read_bytes() + chance.randbytes(chance.randint(1, 5000)))
+    elif kind == "zero":  # a page that never reached the disk
+        data = bytearray(path.read_bytes())
+        nonzero = next(at for at in range(chance.randrange(len(data)), -1, -1) if data[at])
+        data[nonzero : nonzero + 4096] = bytes(len(data[nonzero : nonzero + 4096]))
+        path.write_bytes(data)
+    elif kind == "swap":
+        (directory / other).rename(directory / "swapping")
+        path.rename(directory / other)
+        (directory / "swapping").rename(path)
+        return {name, other}
+    elif kind == "missing":
+        path.unlink()
+    else:
+        path.unlink()
+        path.mkdir()
+    return {name}
+
+
+def test_an_undamaged_model_has_no_damages_and_is_read_once(directory):
+    seen: list[tuple[int, int]] = []
+    assert verify(directory, progress=lambda *done: seen.append(done)) == []
+    total = sum(path.stat().st_size for path in directory.iterdir() if path.name != "sepweight.json")
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1] == (total, total)
+
+
+def test_200_random_damages_are_found_by_the_names_of_their_files(directory, tmp_path):
+    whole = contents(directory)
+    for seed in range(DAMAGES):
+        shutil.copytree(directory, tmp_path / "damaged")
+        hit = damage(tmp_path / "damaged", random.Random(seed))
+        found = {each.file for each in verify(tmp_path / "damaged")}
+        if "sepweight.json" in hit:  # by which nothing else can be judged
+            assert found == {"sepweight.json"}, seed
+        else:
+            assert found == hit, seed
+        shutil.rmtree(tmp_path / "damaged")
+    assert contents(directory) == whole
+
+
+def test_every_flipped_bit_of_a_manifest_is_found(directory):
+    manifest = directory / "sepweight.json"
+    data = manifest.read_bytes()
+    for at in range(0, len(data), 7):
+        manifest.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
+        assert [each.file for each in verify(directory)] == ["sepweight.json"], at
+
+
+def test_what_is_damaged_is_repaired_from_the_checkpoint(directory, checkpoint, layout):
+    whole = contents(directory)
+    flip(directory / "mid.00001.safetensors", -3)
+    (directory / "begin.safetensors").unlink()
+    os.truncate(directory / "tokenizer.json", 0)
+    found = verify(directory, source=checkpoint, layout=layout)
+    assert {each.file: each.part for each in found} == {
+        "begin.safetensors": "begin", "mid.00001.safetensors": "mid.00001", "tokenizer.json": None,
+    }  # fmt: skip
+    assert all(each.repaired for each in found)
+    assert contents(directory) == whole
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16])
+@pytest.mark.parametrize("spec", ["f", "1:3"])
+def test_a_damaged_manifest_is_written_anew_for_the_parts_that_are_there(checkpoint, layout, tmp_path, dtype, spec):
+    directory = tmp_path / "some"
+    llm_sepweight.split(checkpoint, directory, layout=layout, spec=spec, dtype=dtype)
+    whole = contents(directory)
+    flip(directory / "sepweight.json", 300)
+    flip(directory / "mid.00001.safetensors", 8000)
+    (found,) = verify(directory, source=checkpoint, layout=layout)
+    assert (found.file, found.repaired) == ("sepweight.json", True)
+    assert contents(directory) == whole
+
+
+def test_another_copy_repairs_as_well(directory, tmp_path):
+    shutil.copytree(directory, tmp_path / "copy")
+    whole = contents(directory)
+    flip(directory / "end.safetensors", -2)
+    with llm_sepweight.open(tmp_path / "copy") as copy:
+        (found,) = verify(directory, source=copy)
+    assert str(found).endswith("repaired")
+    assert contents(directory) == whole
+
+
+def test_a_source_that_holds_something_else_mends_nothing(directory, checkpoint, layout):
+    flip(directory / "mid.00001.safetensors", 8000)
+    damaged = contents(directory)
+    for shard in checkpoint.glob("*.safetensors"):
+        for at in range(-4000, 0, 100):
+            flip(shard, at)
+    (found,) = verify(directory, source=checkpoint, layout=layout)
+    assert not found.repaired
+    assert "'checkpoint' does not hold what was in it" in found.problem
+    assert contents(directory) == damaged
+
+
+def test_a_file_that_cannot_be_read_does_not_hide_the_others(directory, monkeypatch):
+    flip(directory / "end.safetensors", -2)
+    real = WeightFile.read
+
+    def failing(self, into, offset, nbytes):
+        if "mid.00000" in self.path:
+            raise WeightError(f"reading failed: {os.strerror(errno.EIO)}", file=self.path)
+        real(self, into, offset, nbytes)
+
+    monkeypatch.setattr(WeightFile, "read", failing)
+    found = verify(directory)
+    assert [each.file for each in found] == ["mid.00000.safetensors", "end.safetensors"]
+    assert "Input/output error" in found[0].problem
+
+
+def test_where_there_is_nothing_to_verify_this_is_said(tmp_path, checkpoint):
+    with pytest.raises(WeightError, match="no such directory"):
+        verify(tmp_path / "absent")
+    (found,) = verify(checkpoint)
+    assert (found.file, found.problem) == ("sepweight.json", "the file is missing")
+
+
+# verify="lazy"
+
+
+def uses(weights: WeightStore):
+    """Each way to read from the last part, and from a tensor that is tied."""
+    into = torch.empty(1 << 20, dtype=torch.uint8)
+    return {
+        "load": lambda: weights.load("mid.00002"),
+        "load into": lambda: weights.load("mid.00002", into=into),
+        "read": lambda: weights.read("mid.00002", "up.weight", 3, 5, into),
+        "rows": lambda: weights.rows("mid.00002", "up.weight", [5]),
+        "tied": lambda: weights.load("end"),
+    }
+
+
+@pytest.mark.parametrize("way", ["load", "load into", "read", "rows", "tied"])
+@pytest.mark.parametrize("at", [9, 4090, -2])  # in the header, in its blanks, in the data
+def test_lazy_verification_finds_damage_when_a_part_is_first_read(directory, way, at):
+    file = directory / ("begin.safetensors" if way == "tied" else "mid.00002.safetensors")
+    flip(file, at, 1 if at > 0 else 0)
+    if at == 9:  # a name of the header: `open` sees that
+        with pytest.raises(WeightError, match=file.name):
+            llm_sepweight.open(directory)
+        return
+    if at == 4090:
+        file.write_bytes(file.read_bytes()[:4090] + b"\t" + file.read_bytes()[4091:])  # another blank
+    with llm_sepweight.open(directory) as weights:
+        uses(weights)[way]()  # unnoticed
+    with llm_sepweight.open(directory, verify="lazy") as weights:
+        assert weights.load("mid.00000")
+        for _ in range(2):
+            with pytest.raises(WeightError, match=rf"contents are damaged.*{file.name}, part .*Repair it"):
+                uses(weights)[way]()
+
+
+def test_lazy_verification_reads_what_is_sound_and_checks_it_once(directory, expected, monkeypatch):
+    read: list[tuple[str, int, int]] = []
+    real = WeightFile.read
+
+    def counting(self, into, offset, nbytes):
+        read.append((Path(self.path).name, offset, nbytes))
+        real(self, into, offset, nbytes)
+
+    monkeypatch.setattr(WeightFile, "read", counting)
+    with llm_sepweight.open(directory, verify="lazy") as weights:
+        for _ in range(2):
+            for part, wanted in expected.items():
+                found = weights.load(part)
+                assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        headers = [name for name, offset, _ in read if offset == 0]
+        assert sorted(headers) == sorted(f"{part}.safetensors" for part in expected)
+        read.clear()
+        weights.rows("begin", "embed.weight", [5])
+        assert len(read) == 1
+
+
+def test_only_a_split_model_can_be_verified(checkpoint, layout, directory):
+    with pytest.raises(WeightError, match="no checksums to verify.*Split it first"):
+        llm_sepweight.open(checkpoint, layout, verify="lazy")
+    with pytest.raises(ValueError, match="verify: None or 'lazy', not True"):
+        llm_sepweight.open(directory, verify=True)  # type: ignore[arg-type]
