@@ -33,12 +33,13 @@ def forks() -> Iterator[Any]:
         [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdin is not None
-        assert process.stdout is not None
+        answers = process.stdout
+        assert answers is not None
 
         def split(source: Path, destination: Path, in_place: bool, step: int | None = None) -> list[int]:
             order = {"source": str(source), "destination": str(destination), "in_place": in_place, "step": step}
             print(json.dumps(order), file=process.stdin, flush=True)
-            return json.loads(process.stdout.readline())
+            return json.loads(answers.readline())
 
         yield split
         process.stdin.close()

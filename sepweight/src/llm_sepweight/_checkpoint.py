@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from llm_sepweight._catalog import (
 )
 from llm_sepweight._errors import WeightError
 from llm_sepweight._header import read_header
+from llm_sepweight._manifest import MANIFEST
 from llm_sepweight._pickled import read_contents
 
 Layout = Callable[[str, Mapping[str, Any]], Sequence[Any]]
@@ -35,16 +38,17 @@ FORMS = (  # in the order in which they are looked for
 )
 
 
-def read_checkpoint(directory: Path, layout: Layout) -> Catalog:
+def read_checkpoint(directory: Path, layout: Layout | None) -> Catalog:
     """The catalog of a checkpoint, from its index, its files' headers and sizes and its layout. No weights are read."""
     config_file = directory / "config.json"
     config = read_json(config_file) if config_file.exists() else {}
-    form = next(((name, read) for name, read in FORMS if (directory / name).exists()), None)
-    if form is None:
-        names = ", ".join(name for name, _ in FORMS)
-        raise WeightError(f"no checkpoint here: none of {names}", file=directory, remedy="Check the path.")
-    name, read = form
-    keys_of = keys_by_file(read_json(directory / name), directory / name) if name.endswith(".json") else {name: []}
+    parted = sorted(path.name for path in directory.glob("*.pth") if PART_NAME.fullmatch(path.stem))
+    if parted:
+        return _read_parts(directory, parted, layout or _as_named, config)
+    if layout is None:
+        problem = f"there is no {MANIFEST} here, and a checkpoint needs a layout to say what belongs to which part"
+        raise WeightError(problem, file=directory, remedy="Pass layout=, as the model's package offers it.")
+    read, keys_of = _files(directory)
     extents = []
     for file, keys in keys_of.items():
         try:
@@ -55,6 +59,46 @@ def read_checkpoint(directory: Path, layout: Layout) -> Catalog:
             raise
     parts = arrange(extents, layout, config)
     return Catalog(config, parts, {str(directory / file): size_of(directory / file) for file in keys_of})
+
+
+def _files(directory: Path) -> tuple[Callable[[Path], list[Extent]], dict[str, list[str]]]:
+    """How to read the files of a checkpoint, and which keys each must hold, as far as this is known."""
+    for name, read in FORMS:
+        path = directory / name
+        if path.exists():
+            return read, keys_by_file(read_json(path), path) if name.endswith(".json") else {name: []}
+    if shards := sorted(path.name for path in directory.glob("*.pth")):  # such as consolidated.00.pth
+        return read_contents, {name: [] for name in shards}
+    names = ", ".join(name for name, _ in FORMS)
+    raise WeightError(f"no checkpoint here: none of {names}, *.pth", file=directory, remedy="Check the path.")
+
+
+def _read_parts(directory: Path, files: list[str], layout: Layout, config: dict[str, Any]) -> Catalog:
+    """A directory of begin.pth, mid.00000.pth, ..., end.pth: the key of a tensor is the part's name, a dot and its own."""
+    extents = []
+    for file in files:
+        part = file.removesuffix(".pth")
+        try:
+            extents += [
+                replace(extent, key=f"{part}.{extent.key}") for extent in read_contents(inside(directory / file))
+            ]
+        except WeightError as error:
+            error.part = part
+            raise
+    parts = arrange(extents, layout, config)
+    return Catalog(config, parts, {str(directory / file): size_of(directory / file) for file in files})
+
+
+def _as_named(key: str, config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The layout of such a directory: each tensor is in the part of its file, under its own name."""
+    match = re.match(rf"({PART_NAME.pattern})\.(.+)", key, re.ASCII)
+    assert match is not None  # _read_parts made it so
+    return [(match[1], match[2])]
+
+
+def holds_weights(directory: Path) -> bool:
+    """Whether there is a checkpoint, or what an unfinished split in place has left of one."""
+    return any((directory / name).exists() for name, _ in FORMS) or any(directory.glob("*.pth"))
 
 
 def keys_by_file(index: Mapping[str, Any], file: object) -> dict[str, list[str]]:

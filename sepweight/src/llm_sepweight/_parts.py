@@ -41,17 +41,18 @@ def write_parts(
     make_directory(directory)
     with locked(directory):
         order = {**_identity(source, parts), "in_place": freeing is not None}
-        journal = read_journal(directory)
+        fingerprint = source.fingerprint()
         complete = (directory / MANIFEST).exists()
+        journal = read_journal(directory) if complete or fingerprint is not None else None
         if journal is not None:
             _check_order(journal, order)
         elif complete:
             return _check_same(source, parts, directory, progress)
         else:
             catalog = {} if freeing is None else {"catalog": freeing.catalog()}
-            journal = begin_journal(directory, {**order, "fingerprint": source.fingerprint(), **catalog})
+            journal = begin_journal(directory, {**order, "fingerprint": fingerprint, **catalog})
         with closing(journal):
-            _check_fingerprint(journal, source.fingerprint(), freeing is not None)
+            _check_fingerprint(journal, fingerprint, freeing is not None)
             if not complete:
                 _write_missing(source, parts, journal, progress, freeing)
                 model = _model(source, dtype, journal.done if parts == everything else {})
@@ -131,9 +132,9 @@ def _check_order(journal: Journal, order: Mapping[str, Any]) -> None:
         raise WeightError(problem, file=journal.path.parent, remedy="Finish that one, or remove the directory.")
 
 
-def _check_fingerprint(journal: Journal, found: Mapping[str, Any], freed: bool) -> None:
+def _check_fingerprint(journal: Journal, found: Mapping[str, Any] | None, freed: bool) -> None:
     """The source is the one that the unfinished split began with; files that it removed itself may be missing."""
-    begun = journal.plan["fingerprint"]
+    begun, found = journal.plan["fingerprint"] or {}, found or {}
     for name in {**begun, **found}:
         if begun.get(name) != found.get(name) and not (freed and name not in found):
             problem = "the source has changed since the split that is unfinished here began"

@@ -39,8 +39,11 @@ class Source(Protocol):
         """Fill `out` with the bytes of a tensor from `start` on; called by several threads."""
         ...
 
-    def fingerprint(self) -> dict[str, Any]:
-        """JSON that is the same as long as the source is; a split goes on only from the source that it began with."""
+    def fingerprint(self) -> dict[str, Any] | None:
+        """JSON that is the same as long as the source is, by file: a split goes on only from what it began with.
+
+        None where this cannot be told: a split then begins anew.
+        """
         ...
 
     def check_unchanged(self) -> None:
@@ -61,12 +64,15 @@ class StoreSource:
         self.model = "" if store.manifest is None else store.manifest.model
         self.config = store.config
         self.parts: Mapping[str, Mapping[str, Entry]] = {part: store._part(part) for part in store.parts}
-        self._found = self.fingerprint()
+        self._found = self._states()
 
     def copy(self, part: str, name: str, start: int, out: memoryview) -> None:
         self.store._reader.copy(part, name, self.parts[part][name], start, out)
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any] | None:
+        return self._states()
+
+    def _states(self) -> dict[str, Any]:
         """Size and time of change of each file that is there."""
         found = {}
         for file in map(Path, self.store._reader.files):
@@ -76,7 +82,7 @@ class StoreSource:
         return found
 
     def check_unchanged(self) -> None:
-        now = self.fingerprint()
+        now = self._states()
         for name, state in self._found.items():
             if now.get(name) != state:
                 remedy = "Nothing of it was used; split again from a source that stays as it is."
@@ -90,9 +96,10 @@ class StoreSource:
         self._found.pop(Path(file).name, None)
 
     def companions(self) -> dict[str, bytes]:
+        return {name: read_limited(inside(self.store.path / name)) for name in self.companion_names()}
+
+    def companion_names(self) -> list[str]:
         if self.store.manifest is not None:
-            names = sorted(self.store.manifest.files)
-        else:
-            found = {path for pattern in COMPANIONS for path in self.store.path.glob(pattern) if path.is_file()}
-            names = sorted(path.name for path in found)
-        return {name: read_limited(inside(self.store.path / name)) for name in names}
+            return sorted(self.store.manifest.files)
+        found = {path for pattern in COMPANIONS for path in self.store.path.glob(pattern) if path.is_file()}
+        return sorted(path.name for path in found)

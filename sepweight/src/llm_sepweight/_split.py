@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from llm_sepweight._checkpoint import FORMS, Layout
+from llm_sepweight._checkpoint import Layout, holds_weights
 from llm_sepweight._copying import Progress
 from llm_sepweight._errors import WeightError
 from llm_sepweight._freeing import Freeing, catalog_from_json
@@ -74,5 +74,4 @@ def _was_done(source: object, directory: Path) -> bool:
     if isinstance(source, WeightStore) or not (directory / MANIFEST).exists() or read_journal(directory) is not None:
         return False
     path = Path(str(source))
-    nothing_left = not any((path / name).exists() for name, _ in FORMS)
-    return nothing_left and read_manifest(directory).source == path.resolve().name
+    return not holds_weights(path) and read_manifest(directory).source == path.resolve().name

@@ -23,6 +23,9 @@ from llm_sepweight._reading import PAGE, as_tensor, page_aligned, pages, whole_p
 def open(path: str | Path, layout: Layout | None = None, *, verify: str | None = None) -> WeightStore:
     """The weights in a directory: one that `split` wrote, or a Hugging Face checkpoint as downloaded, with a layout.
 
+    Files of the form begin.pth, mid.00000.pth, ..., end.pth need no layout; one that is given gets keys such as
+    "mid.00000." and the name in the file.
+
     layout(key, config) says for each tensor of a checkpoint where it belongs, as a list of (part, name) or, where it
     is row `index` of a larger tensor, (part, name, index). An empty list drops it.
     Only headers and file sizes are read, and whatever is wrong with them is raised as WeightError now.
@@ -46,9 +49,6 @@ def open(path: str | Path, layout: Layout | None = None, *, verify: str | None =
         return WeightStore(directory, catalog, manifest, checked=verify == "lazy")
     if verify is not None:
         raise WeightError("a checkpoint has no checksums to verify", file=directory, remedy="Split it first.")
-    if layout is None:
-        problem = f"there is no {MANIFEST} here, and a checkpoint needs a layout to say what belongs to which part"
-        raise WeightError(problem, file=directory, remedy="Pass layout=, as the model's package offers it.")
     return WeightStore(directory, read_checkpoint(directory, layout))
 
 

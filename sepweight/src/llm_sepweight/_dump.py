@@ -1,0 +1,162 @@
+"""Writing tensors that are in memory, or come one dict after the other, as a split model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from llm_sepweight._catalog import Entry, Extent, TensorInfo
+from llm_sepweight._checkpoint import Layout, arrange
+from llm_sepweight._copying import Piece, Progress, fill, literal, write_files
+from llm_sepweight._errors import WeightError
+from llm_sepweight._freeing import Freeing
+from llm_sepweight._header import DTYPES, file_order, make_header
+from llm_sepweight._manifest import MANIFEST
+from llm_sepweight._parts import write_parts
+from llm_sepweight._source import StoreSource
+from llm_sepweight._store import WeightStore, open
+from llm_sepweight._writing import make_directory
+
+StateDict = Mapping[str, torch.Tensor]
+STAGE = ".sepweight.stage"
+
+
+def dump(
+    tensors: StateDict | Iterable[StateDict],
+    destination: str | Path,
+    *,
+    config: Mapping[str, Any],
+    layout: Layout,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write a state dict, or a stream of state dicts that together are the model, as `split` writes a checkpoint.
+
+    tensors: from memory they are written at once, and a tensor that is there under two names (tied) is stored once. A
+        stream may cut the model anywhere, also within a layer: each dict is written beside the destination first, and that
+        copy is then split in place, so that only one dict is in memory and the disk needs room for the model and a dict.
+    config: the model's config.json. layout, dtype, progress: as in `split`.
+    Raises WeightError where the destination holds a model, cannot be written, or a name comes twice.
+
+    >>> import tempfile, llm_sepweight
+    >>> with tempfile.TemporaryDirectory() as temporary:
+    ...     state = {"norm.weight": torch.ones(2), "head.weight": torch.ones(3, 2)}
+    ...     dump(state, temporary, config={"model_type": "tiny"}, layout=lambda key, config: [("end", key)])
+    ...     with llm_sepweight.open(temporary) as weights:
+    ...         print(weights.config, weights.load("end")["norm.weight"])
+    {'model_type': 'tiny'} tensor([1., 1.])
+    """
+    directory = Path(destination)
+    if isinstance(tensors, Mapping):
+        source = _Memory(cast(StateDict, tensors), config, layout)
+        return write_parts(source, directory, dtype=dtype, progress=progress)
+    if (directory / MANIFEST).exists():
+        remedy = "Choose another destination, or remove this one first."
+        raise WeightError("there is a split model here already", file=directory / MANIFEST, remedy=remedy)
+    stage = directory / STAGE
+    if stage.exists():  # of one that was killed
+        shutil.rmtree(stage)
+    make_directory(stage)
+    try:
+        aliases = _write_stage(stage, tensors, config)
+
+        def with_aliases(key: str, config: Mapping[str, Any]) -> list[Any]:
+            return [place for name in (key, *aliases.get(key, ())) for place in layout(name, config)]
+
+        with open(stage, with_aliases) as store:
+            source = _Stage(store)
+            write_parts(source, directory, dtype=dtype, progress=progress, freeing=Freeing(source))
+    finally:
+        shutil.rmtree(stage)
+
+
+def _write_stage(stage: Path, stream: Iterable[StateDict], config: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Write a stream as a checkpoint, a file for each dict; further names of tensors that are written already."""
+    weight_map: dict[str, str] = {}
+    aliases: dict[str, list[str]] = {}
+    seen: set[str] = set()
+    for number, tensors in enumerate(stream):
+        infos: dict[str, TensorInfo] = {}
+        flat: dict[str, torch.Tensor] = {}
+        first_name: dict[tuple[int, TensorInfo], str] = {}
+        for key, tensor in tensors.items():
+            if key in seen:
+                raise WeightError("this name comes twice in the stream", tensor=key)
+            seen.add(key)
+            info, data = _flat(key, tensor)
+            first = first_name.setdefault((data.data_ptr(), info), key)
+            if first == key or not info.nbytes:
+                infos[key], flat[key] = info, data
+            else:
+                aliases.setdefault(first, []).append(key)
+        file = stage / f"model-{number:05d}.safetensors"
+        order = file_order(infos)
+        contents = [literal(make_header({key: infos[key] for key in order})), *(piece_of(flat[key]) for key in order)]
+        with closing(write_files([(file, contents)])) as written:
+            list(written)
+        weight_map |= dict.fromkeys(infos, file.name)
+    (stage / "config.json").write_text(json.dumps(dict(config)))
+    (stage / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return aliases
+
+
+def _flat(key: str, tensor: torch.Tensor) -> tuple[TensorInfo, torch.Tensor]:
+    """What a tensor is, and its bytes [nbytes], where it lies if they are in order there."""
+    if tensor.dtype not in DTYPES.values() or tensor.device.type == "meta":
+        raise WeightError(f"a tensor of {tensor.dtype} on {tensor.device} cannot be stored", tensor=key)
+    info = TensorInfo(tensor.dtype, tuple(tensor.shape), tensor.numel() * tensor.dtype.itemsize)
+    return info, tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+class _Memory:
+    """Tensors in memory, on any device, as a source. Those that share memory are the same."""
+
+    name = model = ""
+
+    def __init__(self, tensors: StateDict, config: Mapping[str, Any], layout: Layout) -> None:
+        self.config = dict(config)
+        self._flat: dict[str, torch.Tensor] = {}
+        extents = []
+        for key, tensor in tensors.items():
+            info, self._flat[key] = _flat(key, tensor)
+            extents.append(Extent(key, "memory", self._flat[key].data_ptr(), info.dtype, info.shape))
+        self.parts: Mapping[str, Mapping[str, Entry]] = arrange(extents, layout, self.config)
+
+    def copy(self, part: str, name: str, start: int, out: memoryview) -> None:
+        pieces = [piece_of(self._flat[key]) for key in self.parts[part][name].keys]
+        fill(pieces, start, out)
+
+    def fingerprint(self) -> None:
+        return None
+
+    def check_unchanged(self) -> None:
+        pass
+
+    def companions(self) -> dict[str, bytes]:
+        return {"config.json": json.dumps(self.config, indent=2).encode()} if self.config else {}
+
+
+class _Stage(StoreSource):
+    """The copy of a stream; with the dump that made it, it comes to its end."""
+
+    def __init__(self, store: WeightStore) -> None:
+        super().__init__(store)
+        self.name = ""
+
+    def fingerprint(self) -> None:
+        return None
+
+
+def piece_of(flat: torch.Tensor) -> Piece:
+    """The bytes of a tensor."""
+
+    def copy(start: int, out: memoryview) -> None:
+        torch.frombuffer(out, dtype=torch.uint8).copy_(flat[start : start + len(out)])
+
+    return Piece(flat.numel(), copy)

@@ -1,0 +1,131 @@
+"""The way back: a Hugging Face checkpoint from a split model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from llm_sepweight._catalog import TensorInfo
+from llm_sepweight._checkpoint import Layout, holds_weights
+from llm_sepweight._copying import Piece, Progress, literal, write_files
+from llm_sepweight._errors import WeightError
+from llm_sepweight._header import make_header
+from llm_sepweight._source import Source, StoreSource
+from llm_sepweight._store import WeightStore, open
+from llm_sepweight._writing import check_room, locked, make_directory, write_bytes
+
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # what families call it in config.json
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    key: str
+    info: TensorInfo
+    piece: Piece
+
+
+def export(
+    source: str | Path | WeightStore,
+    destination: str | Path,
+    *,
+    layout: Layout | None = None,
+    max_shard_nbytes: int = 5_000_000_000,
+    progress: Progress | None = None,
+) -> None:
+    """Write a split model as a checkpoint that transformers loads: model.safetensors, or shards and their index.
+
+    Tensors get the names back that they had in the checkpoint; tied ones are written once, as they were.
+    source: also a checkpoint, with its layout. max_shard_nbytes: of tensors in a file; a larger tensor is alone in one.
+    progress: called with (bytes done, bytes in all).
+    Raises WeightError where parts are missing, the names are not known, or the destination holds weights or cannot be
+    written. Interrupted, it begins anew; the index, or the only file, comes last.
+    """
+    directory = Path(destination)
+    with nullcontext(source) if isinstance(source, WeightStore) else open(source, layout) as store:
+        _check_whole(store)
+        tensors = StoreSource(store)
+        shards = list(_sharded(_by_key(tensors), max_shard_nbytes))
+        make_directory(directory)
+        with locked(directory):
+            if holds_weights(directory):
+                raise WeightError(
+                    "there are weights here already", file=directory, remedy="Choose another destination."
+                )
+            _write(shards, tensors, directory, progress)
+
+
+def _check_whole(store: WeightStore) -> None:
+    """All parts of a model are here, as far as can be told."""
+    layers = [int(part[4:]) for part in store.parts if part.startswith("mid.") and "/" not in part]
+    said = next((store.config[name] for name in LAYER_COUNTS if isinstance(store.config.get(name), int)), None)
+    wanted = {"begin", "end", *(f"mid.{layer:05d}" for layer in range(said or max(layers, default=-1) + 1))}
+    if missing := sorted(wanted - set(store.parts)):
+        remedy = "Fetch or split all parts first."
+        raise WeightError(f"a checkpoint needs all parts, and {missing[0]} is missing", file=store.path, remedy=remedy)
+
+
+def _by_key(source: StoreSource) -> dict[str, _Tensor]:
+    """All tensors of the checkpoint, in the order of the model."""
+    tensors: dict[str, _Tensor] = {}
+    for part, entries in source.parts.items():
+        for name, entry in entries.items():
+            stack = len(entry.keys) > 1
+            if not entry.keys or (stack and entry.info.shape[0] != len(entry.keys)):
+                remedy = "Split the model from a checkpoint."
+                problem = "what the checkpoint called this tensor is not known"
+                raise WeightError(problem, file=source.store.path, part=part, tensor=name, remedy=remedy)
+            shape = entry.info.shape[1:] if stack else entry.info.shape
+            info = TensorInfo(entry.info.dtype, shape, entry.info.nbytes // len(entry.keys))
+            for i, key in enumerate(entry.keys):
+                piece = Piece(info.nbytes, partial(_copy_slice, source, part, name, i * info.nbytes))
+                tensors.setdefault(key, _Tensor(key, info, piece))  # a tied one is there already
+    return tensors
+
+
+def _copy_slice(source: Source, part: str, name: str, first: int, start: int, out: memoryview) -> None:
+    source.copy(part, name, first + start, out)
+
+
+def _sharded(tensors: dict[str, _Tensor], limit: int) -> Iterator[list[_Tensor]]:
+    shard: list[_Tensor] = []
+    size = 0
+    for tensor in tensors.values():
+        if shard and size + tensor.info.nbytes > limit:
+            yield shard
+            shard, size = [], 0
+        shard.append(tensor)
+        size += tensor.info.nbytes
+    yield shard
+
+
+def _write(shards: list[list[_Tensor]], source: StoreSource, directory: Path, progress: Progress | None) -> None:
+    total, done = sum(tensor.info.nbytes for shard in shards for tensor in shard), 0
+    check_room(directory, total)
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done = min(done + nbytes, total)  # headers are not counted
+        if progress is not None:
+            progress(done, total)
+
+    for name, data in source.companions().items():
+        write_bytes(directory / name, data)
+    count = len(shards)
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    names = names if count > 1 else ["model.safetensors"]
+    contents = (
+        [literal(make_header({tensor.key: tensor.info for tensor in shard})), *(tensor.piece for tensor in shard)]
+        for shard in shards
+    )
+    files = zip((directory / name for name in names), contents, strict=True)
+    with closing(write_files(files, advance=advance)) as written:
+        for _ in written:
+            source.check_unchanged()
+    if count > 1:
+        weight_map = {tensor.key: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_bytes(directory / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
