@@ -1,6 +1,7 @@
 """Samples from any causal language model: a function from token ids to logits is all it needs."""
 
 from ._beam import Beam, beam_search
+from ._best_of import best_of
 from ._boundary import encode_choices
 from ._constraints import choices, regex
 from ._perplexity import Perplexity, perplexity
@@ -23,6 +24,7 @@ __all__ = [
     "Step",
     "Steps",
     "beam_search",
+    "best_of",
     "choices",
     "encode_choices",
     "generate",

@@ -91,7 +91,7 @@ def beam_search(
                 f"there are {', '.join(_SETTINGS)}"
             )
     given: dict[str, Any] = dict.fromkeys(("processors", "decode", "stop_strings", "top_logprobs")) | settings
-    given |= {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "seed": 0, "order": order}
+    given |= {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "seed": 0, "n": 1, "order": order}
     given |= {"input_ids": input_ids, "vocab_size": vocab_size, "pad_id": pad_id, "device": device}
     prompts, sampler = prepared(given)
     names = order_of(order, sampler.settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,12 @@ from ._stages import order_of, settings_of
 from ._text import StopText, check_decode
 
 _BUDGET = number(REQUIRED, lambda v: v >= 1, "an integer >= 1", int)
+_SAMPLES = number(REQUIRED, lambda v: v >= 1, "an integer >= 1", int)
 _TOP = number(0, lambda v: v >= 0, "an integer >= 0", int)
 
 
 def prepared(given: Mapping[str, Any]) -> tuple[list[Row], Sampler]:
-    """The rows and their sampler, from the arguments of `sample` by name."""
+    """The rows and their sampler, from the arguments of `sample` by name. n rows in a row have one prompt."""
     prompts, device = rows_of(given["input_ids"])
     if given["device"] is not None:
         device = torch.device(given["device"])
@@ -32,8 +33,8 @@ def prepared(given: Mapping[str, Any]) -> tuple[list[Row], Sampler]:
         raise ValueError(f"vocab_size is {vocab_size!r}; it must be an integer >= 1")
     if type(pad_id) is not int or pad_id < 0:
         raise ValueError(f"pad_id is {pad_id!r}; it must be an id that the model knows, >= 0")
-    settings = settings_of(count, {**given, "processors": processors_of(given["processors"], count)})
-    order = order_of(given["order"], settings)
+    n = _SAMPLES.parse("n", given["n"])
+    settings = settings_of(count, {**given, "processors": None})
     budgets = _BUDGET.per_row("max_new_tokens", given["max_new_tokens"], count)
     for row, (least, most) in enumerate(zip(settings["min_new_tokens"], budgets, strict=True)):
         if least > most:
@@ -44,31 +45,33 @@ def prepared(given: Mapping[str, Any]) -> tuple[list[Row], Sampler]:
     if decode is not None:
         check_decode(decode)
     stops = ids().per_row("stop_ids", given["stop_ids"], count)
-    sources = seeds_of(given["seed"], count, secrets.randbits)
+    sources = seeds_of(given["seed"], count, n, secrets.randbits)
+    tops = None if given["top_logprobs"] is None else _TOP.per_row("top_logprobs", given["top_logprobs"], count)
+    settings = {name: _repeated(values, n) for name, values in settings.items()}
+    settings["processors"] = processors_of(given["processors"], count * n)
+    order = order_of(given["order"], settings)
     rows = [
         Row(
             index,
-            prompt.tolist(),
-            len(prompt),
-            end=len(prompt) + budgets[index],
+            prompts[of].tolist(),
+            len(prompts[of]),
+            end=len(prompts[of]) + budgets[of],
             shortest=settings["min_new_tokens"][index],
             key=row_key(*sources[index]),
-            stops=stops[index],
+            stops=stops[of],
             processors=settings["processors"][index],
-            text=None if decode is None else StopText(decode, stop_strings[index]),
+            text=None if decode is None else StopText(decode, stop_strings[of]),
             mirostat_tau=settings["mirostat_tau"][index],
             mirostat_eta=settings["mirostat_eta"][index],
         )
-        for index, prompt in enumerate(prompts)
+        for index, of in enumerate(_repeated(range(count), n))
     ]
     sampler = Sampler(
         Table(rows, pad_id, device),
         settings,
         order,
         vocab_size=vocab_size,
-        top_logprobs=None
-        if given["top_logprobs"] is None
-        else _TOP.per_row("top_logprobs", given["top_logprobs"], count),
+        top_logprobs=None if tops is None else _repeated(tops, n),
     )
     if vocab_size is not None:
         check_ids(rows, sampler, vocab_size)
@@ -94,3 +97,7 @@ def check_ids(rows: Sequence[Row], sampler: Sampler, vocabulary: int) -> None:
                     f"{name}: row {row.index} holds the id {largest}, and the vocabulary has {vocabulary}; "
                     "does the tokenizer belong to this model?"
                 )
+
+
+def _repeated(values: Iterable[Any], n: int) -> list[Any]:
+    return [value for value in values for _ in range(n)]

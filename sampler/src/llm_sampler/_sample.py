@@ -22,6 +22,7 @@ def sample(
     input_ids: Rows,
     *,
     max_new_tokens: int | Sequence[int],
+    n: int = 1,
     temperature: PerRow = 1.0,
     top_k: PerRow = None,
     top_p: PerRow = None,
@@ -68,12 +69,13 @@ def sample(
         forward_func: ids [B, T] (int64, right-padded) -> logits [B, T, V]; where it has a method
             `last_logits(ids, lengths [B], n) -> [B, n, V]`, that is called instead.
         input_ids: token ids, one sequence per row, or a tensor [T] or [B, T] without padding.
+        n: rows for each prompt, one after the other: row i continues prompt i // n. Settings are given per prompt.
         processors: the row's index -> a processor `(ids [1, T], scores [1, V]) -> scores`, such as a constraint, several
             of them, or None; called once for each row.
         stop_ids: ids that end a row. stop_strings: texts that end it, for which `decode` is needed.
         decode: token ids -> text; with it, the steps hold the rows' text too.
-        seed: row i draws from the stream of (seed, i); with one seed per row, from that of (seed[i], 0). None takes a
-            fresh one. torch's own generators are neither read nor moved.
+        seed: row i draws from the stream of (seed, i); with one seed per prompt, from that of (seed[i // n], i % n).
+            None takes a fresh one. torch's own generators are neither read nor moved.
         order: names of the stages, in the order in which they work; "huggingface" (default) or "llama.cpp".
         vocab_size: ids from here on are never drawn (a head that is padded beyond its tokenizer).
         device: where the ids are handed to forward_func; by default that of input_ids.
@@ -133,11 +135,22 @@ class Steps(Iterator[Step]):
 def _steps(forward: Forward, rows: list[Row], sampler: Sampler, cancelled: set[int]) -> Generator[Step]:
     active, number = rows, 0
     while active := [row for row in active if row.index not in cancelled]:
-        ids, lengths = sampler.table.copy_of(active), [len(row.ids) for row in active]
-        logits = forward(ids, lengths, 1, f"step {number}")[:, 0]
         if number == 0:
-            check_ids(rows, sampler, logits.shape[-1])
+            logits = first_logits(forward, active, sampler)
+        else:
+            ids, lengths = sampler.table.copy_of(active), [len(row.ids) for row in active]
+            logits = forward(ids, lengths, 1, f"step {number}")[:, 0]
         step = sampler.accept(active, sampler.choose(logits, active))
         yield step
         active = [row for row, finished in zip(active, step.finished, strict=True) if finished is None]
         number += 1
+
+
+def first_logits(forward: Forward, rows: list[Row], sampler: Sampler) -> Tensor:
+    """Logits [B, V] after the prompts; rows with the same one share its computation."""
+    places: dict[tuple[int, ...], int] = {}
+    place = [places.setdefault(tuple(row.ids), len(places)) for row in rows]
+    distinct = [rows[place.index(each)] for each in range(len(places))]
+    logits = forward(sampler.table.copy_of(distinct), [len(row.ids) for row in distinct], 1, "step 0")[:, 0]
+    check_ids(rows, sampler, logits.shape[-1])
+    return logits if len(distinct) == len(rows) else logits[place]

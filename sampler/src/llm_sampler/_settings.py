@@ -120,8 +120,8 @@ def strings() -> Setting:
     return Setting((), is_one, parse)
 
 
-def seeds_of(seed: Any, count: int, fresh: Callable[[int], int]) -> list[tuple[int, int]]:
-    """(seed, stream) of each row: (seed, row) for one seed, (seed[row], 0) for one per row."""
+def seeds_of(seed: Any, count: int, n: int, fresh: Callable[[int], int]) -> list[tuple[int, int]]:
+    """(seed, stream) of n rows for each prompt: (seed, row) for one seed, (seed[i], 0 .. n - 1) for one per prompt."""
     if isinstance(seed, Tensor):
         seed = seed.tolist()
     if seed is None:
@@ -130,9 +130,9 @@ def seeds_of(seed: Any, count: int, fresh: Callable[[int], int]) -> list[tuple[i
     if isinstance(seed, Sequence) and not isinstance(seed, str):
         if len(seed) != count:
             raise ValueError(f"seed has {len(seed)} values for {count} rows; give one value, or one per row")
-        sources = [(item, 0) for item in seed]
+        sources = [(item, sample) for item in seed for sample in range(n)]
     else:
-        sources = [(seed, row) for row in range(count)]
+        sources = [(seed, row) for row in range(count * n)]
     for row, (item, _) in enumerate(sources):
         if not isinstance(item, int) or isinstance(item, bool) or not 0 <= item < 1 << 64:
             raise ValueError(
