@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import re
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -233,6 +234,57 @@ def test_a_closed_generator_leaves_nothing_behind() -> None:
     assert torch.is_grad_enabled()
 
 
+def test_a_cancelled_row_is_in_no_further_step_or_forward() -> None:
+    forward = Causal()
+    steps = sample(forward, [[1], [2], [3]], max_new_tokens=3, seed=[1, 2, 3])
+    steps.cancel(0)
+    first = next(steps)
+    assert first.rows == (1, 2)
+    steps.cancel(1)
+    assert [step.rows for step in steps] == [(2,), (2,)]
+    assert forward.shapes == [(2, 1), (1, 2), (1, 3)]
+    [alone] = generate(Causal(), [[3]], max_new_tokens=1, seed=[3])
+    assert first.tokens[1] == alone.tokens[0]
+    with pytest.raises(ValueError, match="row 3 cannot be cancelled; there are 3 rows"):
+        steps.cancel(3)
+
+
+def test_the_most_likely_tokens_are_told_before_and_after_the_stages() -> None:
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    [row] = generate(
+        lambda ids: logits.expand(*ids.shape, 4), [[0]], max_new_tokens=2, temperature=0.5, top_k=2, top_logprobs=3
+    )
+    assert row.top_logprobs is not None
+    assert row.top_processed_logprobs is not None
+    for top, processed in zip(row.top_logprobs, row.top_processed_logprobs, strict=True):
+        assert [token for token, _ in top] == [1, 3, 2]
+        assert [p for _, p in top] == pytest.approx([math.log(p) for p in (0.4, 0.3, 0.2)])
+        assert [token for token, _ in processed] == [1, 3]
+        assert [p for _, p in processed] == pytest.approx([math.log(0.16 / 0.25), math.log(0.09 / 0.25)])
+
+
+def test_each_row_says_how_many_tokens_it_wants_to_be_told_and_equals_come_by_id() -> None:
+    rows = generate(
+        lambda ids: torch.zeros(*ids.shape, 6000), [[0]] * 3, max_new_tokens=1, top_logprobs=[2, 0, None], seed=0
+    )
+    assert [row.top_logprobs and [[token for token, _ in top] for top in row.top_logprobs] for row in rows] == [
+        [[0, 1]],
+        [[]],
+        [[]],
+    ]
+    [row] = generate(flat_logits, [[0]], max_new_tokens=1)
+    assert row.top_logprobs is None
+
+
+def test_a_row_takes_the_same_token_whatever_is_reported_of_it() -> None:
+    plain = generate(Causal(), [[1, 2]], max_new_tokens=9, seed=1, temperature=1.5)
+    told = generate(
+        Causal(), [[1, 2]], max_new_tokens=9, seed=1, temperature=1.5, top_logprobs=5, decode=lambda ids: "x" * len(ids)
+    )
+    assert [row.tokens for row in plain] == [row.tokens for row in told]
+    assert told[0].text == "x" * 9
+
+
 def test_gradients_stay_enabled_between_steps_and_are_off_in_the_forward() -> None:
     inside = []
 
@@ -275,7 +327,7 @@ def flat_logits(ids):
         ([["a"]], {}, "row 0 is not a sequence of integers"),
         (["text"], {}, "row 0 is text; encode it"),
         ("text", {}, "encode the text"),
-        (torch.zeros(1, 1, 1), {}, r"shape \[1, 1, 1\]"),
+        (torch.zeros(1, 1, 1), {}, "shape [1, 1, 1]"),
         (torch.zeros(0, 4).long(), {}, "at least one row"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ([[1]], {"max_new_tokens": 2.0}, "max_new_tokens is 2.0"),
@@ -300,12 +352,63 @@ def flat_logits(ids):
         ([[1]], {"vocab_size": 0}, "vocab_size is 0"),
         ([[1, 7]], {"vocab_size": 5}, "row 0 holds the id 7, and the vocabulary has 5"),
         ([[1]], {"pad_id": -1}, "pad_id is -1"),
+        ([[1]], {"typical_p": 0}, "typical_p is 0; it must be in (0, 1]"),
+        ([[1]], {"epsilon_cutoff": 1}, "epsilon_cutoff is 1; it must be in [0, 1)"),
+        ([[1]], {"eta_cutoff": -0.1}, "eta_cutoff is -0.1"),
+        ([[1]], {"top_n_sigma": -1}, "top_n_sigma is -1"),
+        ([[1]], {"xtc_probability": 2}, "xtc_probability is 2"),
+        ([[1]], {"xtc_threshold": 0}, "xtc_threshold is 0"),
+        ([[1]], {"mirostat_tau": 0}, "mirostat_tau is 0; it must be > 0 (bits"),
+        ([[1]], {"mirostat_eta": 0}, "mirostat_eta is 0"),
+        ([[1]], {"dry_multiplier": -1}, "dry_multiplier is -1"),
+        ([[1]], {"dry_base": 0.5}, "dry_base is 0.5"),
+        ([[1]], {"dry_allowed_length": 0}, "dry_allowed_length is 0"),
+        ([[1]], {"dry_penalty_last_n": 0}, "dry_penalty_last_n is 0; it must be an integer >= 1, or None"),
+        ([[1]], {"dry_sequence_breakers": ["x"]}, "dry_sequence_breakers holds 'x'"),
+        ([[1]], {"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1"),
+        ([[1]], {"no_repeat_ngram_size": 2.0}, "no_repeat_ngram_size is 2.0"),
+        ([[1]], {"logit_bias": [(1, 2)]}, "logit_bias: row 0 is (1, 2); it must be a mapping"),
+        ([[1]], {"logit_bias": {"1": 2}}, "logit_bias holds '1'; an id is"),
+        ([[1]], {"logit_bias": {(): 2}}, "logit_bias names an empty tuple"),
+        ([[1]], {"logit_bias": {1: math.inf}}, "logit_bias adds inf to 1"),
+        ([[1]], {"logit_bias": {1: NAN}}, "logit_bias adds nan to 1"),
+        ([[1]], {"bad_words_ids": [1, 2]}, "bad_words_ids is [1, 2]; it must be sequences of ids"),
+        ([[1]], {"bad_words_ids": [[]]}, "none of them empty"),
+        ([[1], [1]], {"bad_words_ids": [[[1]], [[-1]]]}, "bad_words_ids: row 1 holds -1"),
+        ([[1]], {"allowed_token_ids": []}, "allowed_token_ids is empty"),
+        ([[1], [1]], {"allowed_token_ids": [[1], []]}, "allowed_token_ids: row 1 is empty"),
+        ([[1], [1]], {"min_new_tokens": [1, 4]}, "row 1: min_new_tokens is 4, and max_new_tokens 3"),
+        ([[1]], {"stop_strings": ["a"]}, "stop_strings are looked for in text; give decode"),
+        ([[1]], {"stop_strings": [""], "decode": str}, "stop_strings holds ''"),
+        ([[1]], {"stop_strings": 7, "decode": str}, "stop_strings is 7"),
+        ([[1]], {"decode": "utf-8"}, "decode must turn token ids into text"),
+        ([[1]], {"top_logprobs": -1}, "top_logprobs is -1"),
+        ([[1]], {"order": ["temperature"], "logit_bias": {1: 1.0}}, "logit_bias is set, but order does not name it"),
+        ([[1]], {"order": ["temperature"], "xtc_probability": 1}, "xtc is set, but order"),
+        ([[1]], {"stop_ids": 9, "vocab_size": 5}, "stop_ids: row 0 holds the id 9, and the vocabulary has 5"),
     ],
 )
 def test_bad_arguments_are_refused_at_the_call(input_ids: Any, options: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"max_new_tokens": 3, **options}
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         sample(flat_logits, input_ids, **arguments)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stop_ids": [[], [8]]},
+        {"allowed_token_ids": [None, [1, 8]]},
+        {"logit_bias": [None, {(1, 8): 1.0}]},
+        {"bad_words_ids": [[], [[8, 1]]]},
+        {"dry_multiplier": 1.0, "dry_sequence_breakers": [[], [8]]},
+    ],
+    ids=str,
+)
+def test_ids_that_are_not_in_the_vocabulary_are_refused_before_a_token_is_drawn(options: dict[str, Any]) -> None:
+    name = list(options)[-1]
+    with pytest.raises(ValueError, match=f"{name}: row 1 holds the id 8, and the vocabulary has 8"):
+        next(sample(flat_logits, [[1], [1]], max_new_tokens=2, **options))
 
 
 def test_a_forward_that_cannot_be_called_is_refused_at_the_call() -> None:
@@ -337,7 +440,18 @@ def bad(row: int, value: float, every: bool = False) -> object:
         (lambda ids: torch.zeros(*ids.shape, 2), "row 1 holds the id 2, and the vocabulary has 2"),
     ],
 )
-@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 3, "top_p": 0.5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0},
+        {"top_k": 3, "top_p": 0.5},
+        {"typical_p": 0.5, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1, "top_n_sigma": 1.0, "min_p": 0.1},
+        {"xtc_probability": 1.0, "mirostat_tau": 3.0, "repetition_penalty": 1.5, "frequency_penalty": 0.5},
+        {"logit_bias": {1: 1.0}, "allowed_token_ids": range(2), "order": "llama.cpp", "top_logprobs": 3},
+    ],
+    ids=str,
+)
 def test_logits_that_cannot_be_sampled_name_row_and_step(forward, message: str, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=message):
         list(sample(forward, [[1, 1], [2, 2]], max_new_tokens=3, **options))

@@ -1,5 +1,6 @@
 """Samples from any causal language model: a function from token ids to logits is all it needs."""
 
+from ._async import AsyncSteps, sample_async
 from ._beam import Beam, beam_search
 from ._best_of import best_of
 from ._boundary import encode_choices
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "HUGGING_FACE_ORDER",
     "LLAMA_CPP_ORDER",
+    "AsyncSteps",
     "Beam",
     "Choice",
     "Completion",
@@ -32,6 +34,7 @@ __all__ = [
     "perplexity",
     "regex",
     "sample",
+    "sample_async",
     "score",
     "stream_text",
 ]

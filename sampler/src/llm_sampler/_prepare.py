@@ -87,6 +87,7 @@ def check_ids(rows: Sequence[Row], sampler: Sampler, vocabulary: int) -> None:
             "input_ids": row.ids,
             "stop_ids": row.stops,
             "allowed_token_ids": settings["allowed_token_ids"][row.index] or (),
+            "dry_sequence_breakers": settings["dry_sequence_breakers"][row.index],
             "logit_bias": (token for key in settings["logit_bias"][row.index] for token in key),
             "bad_words_ids": (token for word in settings["bad_words_ids"][row.index] for token in word),
         }

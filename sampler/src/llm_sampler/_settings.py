@@ -108,6 +108,8 @@ def biases() -> Setting:
 
 def strings() -> Setting:
     def parse(name: str, item: Any) -> tuple[str, ...]:
+        if not isinstance(item, str | Sequence):
+            raise ValueError(f"{name} is {item!r}; it must be text, texts, or one sequence of texts per row")
         group = (item,) if isinstance(item, str) else tuple(item)
         for text in group:
             if not isinstance(text, str) or not text:
@@ -115,7 +117,7 @@ def strings() -> Setting:
         return group
 
     def is_one(value: Any) -> bool:
-        return isinstance(value, str) or all(isinstance(item, str) for item in value)
+        return not isinstance(value, Sequence) or all(isinstance(item, str) for item in value)
 
     return Setting((), is_one, parse)
 

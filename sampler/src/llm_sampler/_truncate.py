@@ -47,7 +47,8 @@ def top_n_sigma(n: list, *, device: torch.device):
         known = values.masked_fill(~present, 0)
         mean = known.sum(-1, keepdim=True) / count
         variance = ((known - mean).masked_fill_(~present, 0) ** 2).sum(-1, keepdim=True) / count
-        return scores.at_least(values.amax(-1, keepdim=True) - factor * variance.sqrt())
+        within = (factor * variance.sqrt()).masked_fill_(factor == torch.inf, torch.inf)  # where that is inf * 0 too
+        return scores.at_least(values.amax(-1, keepdim=True) - within)
 
     return apply
 
