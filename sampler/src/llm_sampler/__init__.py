@@ -5,6 +5,7 @@ from ._beam import Beam, beam_search
 from ._best_of import best_of
 from ._boundary import encode_choices
 from ._constraints import choices, regex
+from ._huggingface import from_huggingface
 from ._perplexity import Perplexity, perplexity
 from ._sample import Steps, generate, sample
 from ._score import Choice, Score, multiple_choice, score
@@ -29,6 +30,7 @@ __all__ = [
     "best_of",
     "choices",
     "encode_choices",
+    "from_huggingface",
     "generate",
     "multiple_choice",
     "perplexity",

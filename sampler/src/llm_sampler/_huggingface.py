@@ -1,0 +1,267 @@
+"""A Hugging Face model as a forward function: only the last logits, and its own cache under it, found by content.
+
+Rows lie right-aligned, as transformers pads for generation: the last n positions of all rows are the last n slots, what
+is new to any row is computed for all of them from the same slot on, and rows that grow together share one cache that
+grows in place. transformers is not imported here; the model brings it along.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SHARED = 32  # tokens: a beginning that several rows share, and a saving that is worth a pass of its own
+_CHANGING = ("dynamic", "longrope")  # kinds of rope under which more tokens change the keys of the first ones
+
+
+def from_huggingface(
+    model: Any, *, cache: bool = True, keep: int = 2, max_length: int | None = None
+) -> HuggingFaceForward:
+    """A `forward_func` from a causal language model of transformers (4.56 or newer, PyTorch).
+
+    It keeps the keys and values of the last batches and finds by content what it has of each row: rows may grow,
+    shrink, change places, be dropped or fan out. A beginning that several rows share is computed once. What it returns
+    depends on nothing but the ids.
+
+    Args:
+        model: such as `AutoModelForCausalLM.from_pretrained(...)`, in eval mode; where it lies, the ids are taken.
+        cache: False computes all tokens each time; for models whose state cannot be wound back (Mamba and hybrids).
+        keep: of how many batches keys and values are kept; more for several loops that take turns.
+        max_length: the longest row; by default what the model was made for.
+
+    Raises:
+        ValueError: for a model in training mode, an encoder-decoder, or one that needs cache=False.
+
+    Example:
+        >>> from_huggingface(AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B"))  # doctest: +SKIP
+    """
+    return HuggingFaceForward(model, cache=cache, keep=keep, max_length=max_length)
+
+
+@dataclass(slots=True)
+class _Block:
+    """A batch's keys and values, [B, heads, slots, ...] in each layer; the slots of a row are the last of them."""
+
+    cache: Any  # transformers.DynamicCache
+    rows: list[list[int]]
+    slots: int
+
+
+class HuggingFaceForward:
+    """See `from_huggingface`. vocab_size: ids are below it."""
+
+    def __init__(self, model: Any, *, cache: bool, keep: int, max_length: int | None):
+        if not callable(getattr(model, "forward", None)) or not hasattr(model, "config"):
+            raise TypeError(f"model is {type(model).__name__}; a model of transformers is needed, not its name")
+        if type(keep) is not int or keep < 1:
+            raise ValueError(f"keep is {keep!r}; it must be an integer >= 1, or cache=False given")
+        get_text_config = getattr(model.config, "get_text_config", None)
+        config = get_text_config() if get_text_config else model.config
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError(f"{type(model).__name__} is an encoder-decoder; a causal language model is needed")
+        self.model = model
+        self.vocab_size: int | None = getattr(config, "vocab_size", None)
+        limit: int | None = getattr(config, "max_position_embeddings", None)
+        self.max_length = limit if max_length is None else max_length
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        if rope.get("rope_type", rope.get("type")) in _CHANGING:
+            original: int = rope.get("original_max_position_embeddings") or limit
+            if max_length is not None and max_length > original:
+                raise ValueError(
+                    f"max_length is {max_length}, and with this model's rope, tokens after the first {original} change "
+                    f"what those were: give at most {original}"
+                )
+            self.max_length = original if max_length is None else max_length
+        self._cache_class = _cache_class(model) if cache else None
+        self._keep = keep
+        self._blocks: list[_Block] = []  # the one used last is the last
+        self._index: list[tuple[list[int], _Block, int]] = []  # every row of every block, sorted by its ids
+        takes = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
+        self._takes = {name for name in ("position_ids", "logits_to_keep", "use_cache") if name in takes}
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """Logits [B, T, V] of every position of ids [B, T]."""
+        rows, length = input_ids.shape
+        return self.last_logits(input_ids, torch.full((rows,), length), length)
+
+    @torch.no_grad()
+    def last_logits(self, input_ids: Tensor, lengths: Tensor, n: int = 1) -> Tensor:
+        """Logits [B, n, V] of the last n positions of each right-padded row of ids [B, T]."""
+        if self.model.training:
+            raise ValueError("the model is in training mode, in which dropout changes its logits: call model.eval()")
+        rows = [row[:length] for row, length in zip(input_ids.tolist(), lengths.tolist(), strict=True)]
+        self._check(rows, n)
+        if self._cache_class is not None:
+            heads = self._shared_beginnings(rows)
+            if heads:
+                self._pass(heads, 1)
+        return self._pass(rows, n)
+
+    def clear(self) -> None:
+        """Let go of all keys and values."""
+        self._blocks, self._index = [], []
+
+    def _pass(self, rows: list[list[int]], n: int) -> Tensor:
+        found = [self._longest(row) for row in rows]
+        new = max(len(row) - min(length, len(row) - n) for row, (length, *_) in zip(rows, found, strict=True))
+        known = [max(0, len(row) - new) for row in rows]
+        before, width = max(known), max(map(len, rows))
+        device = self.model.device if self.model.device.type != "meta" else torch.device("cpu")
+        ids = torch.tensor([[0] * (new - len(row)) + row[-new:] for row in rows], device=device)
+        options: dict[str, Any] = {}
+        if any(len(row) < width for row in rows):
+            pads = torch.tensor([[width - len(row)] for row in rows], device=device)  # (B, 1)
+            slots = torch.arange(width, device=device)
+            options["attention_mask"] = (slots >= pads).long()
+            if "position_ids" in self._takes:
+                options["position_ids"] = (slots[before:] - pads).clamp_(min=0)
+        if "logits_to_keep" in self._takes:
+            options["logits_to_keep"] = n
+        cache = None
+        if self._cache_class is not None:
+            cache = self._taken(rows, known, before) or self._gathered(found, known, before)
+            options |= {"past_key_values": cache, "use_cache": True}
+        elif "use_cache" in self._takes:
+            options["use_cache"] = False
+
+        logits = getattr(self.model(input_ids=ids, **options), "logits", None)
+        if logits is None:
+            raise ValueError(f"{type(self.model).__name__} returns no logits; load it with AutoModelForCausalLM")
+        logits = logits[:, -n:]
+        if cache is not None and not bool(logits.amax(-1).isnan().any()):  # NaN would reach who takes these keys next
+            self._remember(_Block(cache, rows, width))
+        return logits
+
+    def _check(self, rows: list[list[int]], n: int) -> None:
+        for index, row in enumerate(rows):
+            if not 1 <= n <= len(row):
+                raise ValueError(f"row {index} has {len(row)} tokens, and logits of its last {n} are asked for")
+            if self.max_length is not None and len(row) > self.max_length:
+                raise ValueError(
+                    f"row {index} has {len(row)} tokens, and the model takes {self.max_length}: shorten it, or give "
+                    "from_huggingface a larger max_length if the model can do it"
+                )
+            if self.vocab_size is not None and not 0 <= min(row) <= max(row) < self.vocab_size:
+                place, token = next((p, t) for p, t in enumerate(row) if not 0 <= t < self.vocab_size)
+                raise ValueError(
+                    f"row {index} holds the id {token} at position {place}, and the vocabulary has {self.vocab_size}; "
+                    "does the tokenizer belong to this model?"
+                )
+
+    # Keys and values
+
+    def _longest(self, row: list[int]) -> tuple[int, _Block | None, int]:
+        """The kept row that begins most like this one: for how many tokens, its block, its place there."""
+        at = bisect_left(self._index, row, key=lambda entry: entry[0])
+        best: tuple[int, _Block | None, int] = (0, None, 0)
+        for ids, block, place in self._index[max(0, at - 1) : at + 1]:  # in sorted order, it is next to its place
+            length = _shared(ids, row)
+            if length > best[0]:
+                best = length, block, place
+        return best
+
+    def _shared_beginnings(self, rows: list[list[int]]) -> list[list[int]]:
+        """What several rows begin with, as far as it is not known yet."""
+        heads = []
+        for _, group in groupby(sorted(rows), key=lambda row: row[:_SHARED]):
+            first, *others = group
+            if others and len(first) >= _SHARED:
+                head = first[: _shared(first, others[-1])]  # what these two share, all share
+                if len(others) * (len(head) - self._longest(head)[0]) >= _SHARED:
+                    heads.append(head)
+        return heads
+
+    def _taken(self, rows: list[list[int]], known: list[int], before: int) -> Any:
+        """The cache of a block whose rows are these, in this order, with at most some slots too many: no copy."""
+        for block in reversed(self._blocks):
+            extra = block.slots - before
+            if before > 0 and extra >= 0 and len(block.rows) == len(rows):
+                ends = [len(own) - extra for own in block.rows]
+                if ends == known and all(
+                    own[:end] == row[:end] for own, row, end in zip(block.rows, rows, ends, strict=True)
+                ):
+                    self._forget(block)  # it changes now, and is no longer what it was if the model raises
+                    if extra:
+                        block.cache.crop(-extra)
+                    return block.cache
+        return None
+
+    def _gathered(self, found: list[tuple[int, _Block | None, int]], known: list[int], before: int) -> Any:
+        """A new cache, each row with what is known of it, from whichever block has that."""
+        cache = self._cache_class()  # type: ignore[misc]  # without a config it keeps all slots, of windowed layers too
+        blocks = {id(block): block for _, block, _ in found if block is not None}
+        if before == 0 or not blocks:
+            return cache
+        anywhere = next(iter(blocks))  # for rows of which nothing is known: what they take is masked
+        sources = [(id(block) if block is not None else anywhere, place) for _, block, place in found]
+        order = [i for key in blocks for i, source in enumerate(sources) if source[0] == key]
+        back = torch.tensor(order).argsort()
+        layers = len(next(iter(blocks.values())).cache.layers)
+        for layer in range(layers):
+            parts: list[tuple[Tensor, Tensor]] = []
+            for key, block in blocks.items():
+                keys, values = block.cache.layers[layer].keys, block.cache.layers[layer].values
+                if keys is None:  # a layer that takes another one's
+                    continue
+                own = [i for i in order if sources[i][0] == key]
+                places = torch.tensor([[sources[i][1]] for i in own])  # (b, 1)
+                shifts = [block.slots - len(block.rows[sources[i][1]]) - (before - known[i]) for i in own]
+                slots = (torch.arange(before) + torch.tensor(shifts).unsqueeze(-1)).clamp_(0, block.slots - 1)
+                places, slots = places.to(keys.device), slots.to(keys.device)
+                parts.append((keys[places, :, slots], values[places, :, slots]))  # [b, before, heads, ...]
+            if parts:
+                keys, values = (
+                    torch.cat(side)[back.to(side[0].device)].transpose(1, 2) for side in zip(*parts, strict=True)
+                )
+                cache.update(keys, values, layer)
+        return cache
+
+    def _remember(self, block: _Block) -> None:
+        self._blocks = [*self._blocks, block][-self._keep :]
+        self._index = sorted(
+            ((row, block, place) for block in self._blocks for place, row in enumerate(block.rows)),
+            key=lambda entry: entry[0],
+        )
+
+    def _forget(self, block: _Block) -> None:
+        self._blocks = [other for other in self._blocks if other is not block]
+        self._index = [entry for entry in self._index if entry[1] is not block]
+
+
+def _cache_class(model: Any) -> type:
+    """transformers.DynamicCache, from the transformers that the model came with."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    kinds = set(getattr(config, "layer_types", None) or ()) - _ATTENTION
+    if kinds or getattr(model, "_is_stateful", False):
+        raise ValueError(
+            f"{type(model).__name__} keeps a state that cannot be wound back to an earlier token "
+            f"({', '.join(sorted(kinds)) or 'recurrent'}): give cache=False, which computes all tokens each time"
+        )
+    modules = (sys.modules.get(base.__module__.partition(".")[0]) for base in type(model).__mro__)
+    found = next((module.DynamicCache for module in modules if hasattr(module, "DynamicCache")), None)  # type: ignore[union-attr]
+    if found is None or not hasattr(found(), "layers"):
+        raise ValueError(
+            f"{type(model).__name__} comes with no cache that is understood here: update transformers to 4.56 or newer, "
+            "or give cache=False"
+        )
+    return found
+
+
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids two rows have in common at their start; slices compare at the speed of memory."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low

@@ -1,0 +1,311 @@
+"""Hugging Face models behind forward_func: whatever happens to the rows, the logits are the model's own on each alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import llm_sampler
+from llm_sampler._huggingface import HuggingFaceForward
+
+V: dict[str, Any] = dict(vocab_size=96)
+D: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **V)
+L: dict[str, Any] = dict(intermediate_size=48, num_key_value_heads=2, max_position_embeddings=128, **D)
+CONFIGS = {
+    "llama": transformers.LlamaConfig(**L),
+    "mistral, windowed": transformers.MistralConfig(**L, sliding_window=5),
+    "qwen2, windowed from layer 1": transformers.Qwen2Config(
+        **L, use_sliding_window=True, sliding_window=5, max_window_layers=1
+    ),
+    "qwen3": transformers.Qwen3Config(**L, head_dim=16),
+    "gemma3, windowed and full": transformers.Gemma3TextConfig(
+        **{**L, "num_hidden_layers": 6}, head_dim=8, sliding_window=5
+    ),
+    "mixtral": transformers.MixtralConfig(**L, num_local_experts=4, num_experts_per_tok=2),
+    "gpt2, learned positions": transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, **V),
+    "opt, positions from the mask": transformers.OPTConfig(
+        ffn_dim=48, max_position_embeddings=128, word_embed_proj_dim=32, **D
+    ),
+    "gpt neox": transformers.GPTNeoXConfig(intermediate_size=48, max_position_embeddings=128, **D),
+    "gptj": transformers.GPTJConfig(n_embd=32, n_layer=2, n_head=4, n_positions=128, rotary_dim=4, **V),
+    "phi": transformers.PhiConfig(intermediate_size=48, max_position_embeddings=128, **D),
+    "stablelm": transformers.StableLmConfig(**L),
+    "falcon": transformers.FalconConfig(**D, max_position_embeddings=128),
+    "bloom, alibi from the mask": transformers.BloomConfig(n_layer=2, n_head=4, hidden_size=32, **V),
+    "mpt, alibi": transformers.MptConfig(d_model=32, n_layers=2, n_heads=4, expansion_ratio=2, max_seq_len=128, **V),
+    "deepseek v3, latent attention": transformers.DeepseekV3Config(
+        **{**L, "num_key_value_heads": 4}, moe_intermediate_size=16, n_routed_experts=4, n_group=1, topk_group=1,
+        num_experts_per_tok=2, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
+        first_k_dense_replace=1,
+    ),
+}  # fmt: skip
+
+
+def built(config: Any) -> Any:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=_attention(config)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def _attention(config: Any) -> str:
+    return "eager" if config.model_type in ("bloom", "gptj", "mpt") else "sdpa"
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request: pytest.FixtureRequest) -> Any:
+    return built(CONFIGS[request.param])
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return built(CONFIGS["llama"])
+
+
+def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows]), torch.tensor(list(map(len, rows)))
+
+
+@torch.no_grad()
+def check(forward: HuggingFaceForward, rows: list[list[int]], n: int = 1) -> None:
+    logits = forward.last_logits(*padded(rows), n)
+    for row, own in zip(rows, logits, strict=True):
+        alone = forward.model(torch.tensor([row]), use_cache=False).logits[0, len(row) - n :]
+        torch.testing.assert_close(own, alone, atol=5e-5, rtol=1e-4)
+
+
+def ids(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(96, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def test_rows_that_grow_shrink_change_places_and_fan_out_have_the_models_own_logits(model: Any) -> None:
+    forward = llm_sampler.from_huggingface(model)
+    a, b, c = ids(11, 1), ids(4, 2), ids(40, 3)
+    check(forward, [a])
+    check(forward, [[*a, 5], [*a, 6, 7], [*a, 8]], n=2)  # fan out
+    check(forward, [[*a, 5, 1], [*a, 6, 7, 2], [*a, 8, 3]])  # grow together
+    check(forward, [[*a, 5, 9, 9], [*a, 6, 7, 9, 9], [*a, 8, 9, 9]], n=3)  # a draft, rejected in part
+    check(forward, [[*a, 8, 9, 1], a[:6], [*a, 5, 9, 9, 2]])  # change places, shrink
+    check(forward, [b, [*a, 5, 9, 9, 2, 3], c])  # new rows beside known ones
+    check(forward, [[*c, 1]] * 3, n=1)  # the same row several times
+    check(forward, [[*c[:35], 1], [*c[:35], 2], b])  # a shared beginning
+    check(forward, [[*c[:35], 1, 4], [*b, 4]])  # a row is dropped
+    check(forward, [b[:1]])
+
+
+def test_batched_greedy_text_equals_generate(model: Any) -> None:
+    prompts = [ids(9, 4), ids(3, 5), ids(20, 6)]
+    rows = llm_sampler.generate(llm_sampler.from_huggingface(model), prompts, max_new_tokens=[12, 20, 5], temperature=0)
+    for prompt, row in zip(prompts, rows, strict=True):
+        own = torch.tensor([prompt])
+        out = model.generate(
+            own,
+            attention_mask=torch.ones_like(own),
+            max_new_tokens=len(row.tokens),
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert list(row.tokens) == out[0, len(prompt) :].tolist()
+
+
+class Counted:
+    """Counts the tokens that a model computes, and remembers how many logits it gave."""
+
+    def __init__(self, model: Any):
+        self.tokens = 0
+        self.logits = 0
+        self.hook = model.register_forward_hook(self.count, with_kwargs=True)
+
+    def count(self, _module: Any, _args: tuple, options: dict, output: Any) -> None:
+        self.tokens += options["input_ids"].numel()
+        self.logits += output.logits.shape[:2].numel()
+
+    def since(self) -> tuple[int, int]:
+        out, self.tokens, self.logits = (self.tokens, self.logits), 0, 0
+        return out
+
+
+@pytest.fixture
+def counted(llama: Any):
+    counter = Counted(llama)
+    yield counter
+    counter.hook.remove()
+
+
+def test_a_step_computes_one_token_and_one_position_of_logits_for_each_row(llama: Any, counted: Counted) -> None:
+    steps = llm_sampler.sample(
+        llm_sampler.from_huggingface(llama), [ids(50, 1), ids(30, 2)], max_new_tokens=[9, 3], seed=0
+    )
+    next(steps)
+    assert counted.since() == (100, 2)  # a rectangle
+    for step in steps:
+        assert counted.since() == (len(step.rows), len(step.rows))
+
+
+def test_one_prompt_for_many_rows_is_computed_once(llama: Any, counted: Counted) -> None:
+    forward = llm_sampler.from_huggingface(llama)
+    llm_sampler.generate(forward, [ids(100)] * 8, max_new_tokens=1, seed=0)
+    assert counted.since()[0] == 100 + 8
+    llm_sampler.score(forward, ids(90, 3), [[token, 1, 2] for token in range(96)], batch_size=32)
+    assert counted.since()[0] == 90 + 96 * 3  # the last of the context again, for its logits
+
+
+def test_a_rejected_draft_computes_nothing_again(llama: Any, counted: Counted) -> None:
+    forward = llm_sampler.from_huggingface(llama)
+    prompt = ids(40)
+    forward.last_logits(*padded([[*prompt, 1, 2, 3]]), 4)
+    counted.since()
+    forward.last_logits(*padded([[*prompt, 1, 9, 9, 9]]), 3)
+    assert counted.since()[0] == 3
+
+
+def test_loops_that_take_turns_keep_what_they_have(llama: Any, counted: Counted) -> None:
+    forward = llm_sampler.from_huggingface(llama, keep=3)
+    loops = [llm_sampler.sample(forward, [ids(40, seed)], max_new_tokens=6, seed=0) for seed in range(3)]
+    for loop in loops:
+        next(loop)
+    counted.since()
+    for _ in range(4):
+        for loop in loops:
+            next(loop)
+    assert counted.since()[0] == 3 * 4
+
+
+def test_what_is_kept_is_bounded(llama: Any) -> None:
+    forward = llm_sampler.from_huggingface(llama, keep=2)
+    for seed in range(10):
+        forward(torch.tensor([ids(20, seed)]))
+    assert len(forward._blocks) == 2
+    assert len(forward._index) == 2
+    forward.clear()
+    assert not forward._blocks
+    assert not forward._index
+
+
+def test_random_batches_have_the_models_own_logits(llama: Any) -> None:
+    forward = llm_sampler.from_huggingface(llama)
+    generator = torch.Generator().manual_seed(0)
+
+    def below(limit: int) -> int:
+        return int(torch.randint(limit, (), generator=generator))
+
+    rows = [ids(5)]
+    for _ in range(60):
+        kept = [rows[below(len(rows))] for _ in range(1 + below(5))]
+        rows = [row[: 1 + below(len(row))] if below(3) == 0 else row for row in kept]
+        rows = [(row + ids(below(6), below(3)))[:60] for row in rows]
+        check(forward, rows, n=1 + below(min(map(len, rows))))
+
+
+# What can be wrong
+
+
+def test_without_a_cache_the_logits_are_the_same(llama: Any) -> None:
+    forward = llm_sampler.from_huggingface(llama, cache=False)
+    check(forward, [ids(9, 1), ids(4, 2)], n=3)
+    assert not forward._blocks
+
+
+def test_a_recurrent_model_is_refused_until_it_is_asked_for_without_cache() -> None:
+    model = transformers.MambaForCausalLM(
+        transformers.MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=96, state_size=4)
+    ).eval()
+    with pytest.raises(ValueError, match="MambaForCausalLM keeps a state.*cache=False"):
+        llm_sampler.from_huggingface(model)
+    row = ids(7)
+    logits = llm_sampler.from_huggingface(model, cache=False)(torch.tensor([row]))
+    torch.testing.assert_close(logits, model(torch.tensor([row])).logits)
+
+
+def test_an_encoder_decoder_and_a_name_are_refused() -> None:
+    config = transformers.T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=96)
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        llm_sampler.from_huggingface(transformers.T5ForConditionalGeneration(config))
+    with pytest.raises(TypeError, match="not its name"):
+        llm_sampler.from_huggingface("gpt2")
+
+
+def test_a_model_without_a_head_is_refused(llama: Any) -> None:
+    with pytest.raises(ValueError, match="AutoModelForCausalLM"):
+        llm_sampler.from_huggingface(llama.model)(torch.tensor([[1, 2]]))
+
+
+def test_training_mode_is_refused(llama: Any) -> None:
+    forward = llm_sampler.from_huggingface(llama)
+    llama.train()
+    try:
+        with pytest.raises(ValueError, match=r"model.eval\(\)"):
+            forward(torch.tensor([[1]]))
+    finally:
+        llama.eval()
+
+
+def test_ids_and_lengths_that_the_model_cannot_take_name_their_row(llama: Any) -> None:
+    forward = llm_sampler.from_huggingface(llama)
+    with pytest.raises(ValueError, match="row 1 holds the id 96 at position 2"):
+        forward.last_logits(*padded([[1, 2], [1, 2, 96]]))
+    with pytest.raises(ValueError, match="row 0 has 129 tokens, and the model takes 128"):
+        forward(torch.tensor([ids(129)]))
+    with pytest.raises(ValueError, match="row 1 has 1 tokens, and logits of its last 2"):
+        forward.last_logits(*padded([[1, 2], [1]]), 2)
+
+
+def test_a_rope_under_which_the_past_changes_is_held_to_its_length() -> None:
+    rope = dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
+    config = transformers.LlamaConfig(**{**L, "max_position_embeddings": 16}, rope_parameters=rope)
+    model = built(config)
+    check(llm_sampler.from_huggingface(model), [ids(16), ids(3, 1)])
+    with pytest.raises(ValueError, match="row 0 has 17 tokens, and the model takes 16"):
+        llm_sampler.from_huggingface(model)(torch.tensor([ids(17)]))
+    with pytest.raises(ValueError, match="give at most 16"):
+        llm_sampler.from_huggingface(model, max_length=64)
+
+
+def test_what_the_model_raises_comes_through_and_spoils_nothing(llama: Any) -> None:
+    forward = llm_sampler.from_huggingface(llama)
+    row = ids(20)
+    check(forward, [row])
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    hook = llama.model.layers[1].register_forward_hook(fail)  # when the first layer has its new keys already
+    with pytest.raises(RuntimeError, match="out of memory"):
+        forward(torch.tensor([[*row, 1]]))
+    hook.remove()
+    check(forward, [[*row, 1]])
+    check(forward, [[*row, 2], row[:5]])
+
+
+def test_a_row_of_nan_is_forgotten(llama: Any) -> None:
+    forward = llm_sampler.from_huggingface(llama)
+    row = ids(20)
+    check(forward, [row])
+    weight = llama.model.embed_tokens.weight.data
+    before = weight[7].clone()
+    weight[7] = torch.nan
+    with pytest.raises(ValueError, match="nan"):
+        next(llm_sampler.sample(forward, [[*row, 7]], max_new_tokens=1))
+    weight[7] = before
+    check(forward, [[*row, 7], [*row, 7, 8]])
+
+
+def test_half_precision_is_as_close_as_the_models_own(llama: Any) -> None:
+    model = built(CONFIGS["llama"]).bfloat16()
+    forward = llm_sampler.from_huggingface(model)
+    rows = [ids(30, 1), ids(12, 2)]
+    forward.last_logits(*padded([row[:-3] for row in rows]))
+    logits = forward.last_logits(*padded(rows))
+    for row, own in zip(rows, logits, strict=True):
+        with torch.no_grad():
+            full = built(CONFIGS["llama"])(torch.tensor([row])).logits[0, -1:]
+            half = model(torch.tensor([row])).logits[0, -1:]
+        assert (own - full).abs().mean() <= 1.5 * (half - full).abs().mean() + 1e-3
