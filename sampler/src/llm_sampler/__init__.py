@@ -1,5 +1,6 @@
 """Samples from any causal language model: a function from token ids to logits is all it needs."""
 
+from ._asgi import asgi_app
 from ._async import AsyncSteps, sample_async
 from ._beam import Beam, beam_search
 from ._best_of import best_of
@@ -7,8 +8,10 @@ from ._boundary import encode_choices
 from ._constraints import choices, regex
 from ._huggingface import from_huggingface
 from ._perplexity import Perplexity, perplexity
+from ._remote import RemoteError, from_url
 from ._sample import Steps, generate, sample
 from ._score import Choice, Score, multiple_choice, score
+from ._server import serve
 from ._stages import HUGGING_FACE_ORDER, LLAMA_CPP_ORDER
 from ._step import Completion, Step
 from ._text import Detokenizer, stream_text
@@ -23,14 +26,17 @@ __all__ = [
     "Completion",
     "Detokenizer",
     "Perplexity",
+    "RemoteError",
     "Score",
     "Step",
     "Steps",
+    "asgi_app",
     "beam_search",
     "best_of",
     "choices",
     "encode_choices",
     "from_huggingface",
+    "from_url",
     "generate",
     "multiple_choice",
     "perplexity",
@@ -38,5 +44,6 @@ __all__ = [
     "sample",
     "sample_async",
     "score",
+    "serve",
     "stream_text",
 ]

@@ -73,7 +73,7 @@ class HuggingFaceForward:
         self.max_length = limit if max_length is None else max_length
         rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
         if rope.get("rope_type", rope.get("type")) in _CHANGING:
-            original: int = rope.get("original_max_position_embeddings") or limit
+            original = int(rope.get("original_max_position_embeddings") or limit or 0)
             if max_length is not None and max_length > original:
                 raise ValueError(
                     f"max_length is {max_length}, and with this model's rope, tokens after the first {original} change "
