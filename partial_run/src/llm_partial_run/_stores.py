@@ -48,19 +48,22 @@ def slot_for(unit: Unit, *, pinned: bool = False) -> Tensor:
 
 def read_rate(store: Any, units: list[Unit], seconds: float = 0.3) -> float:
     """Bytes per second with as many reads in flight as a pass has, measured for a moment."""
-    local = threading.local()
+    largest, left, lock = max(units, key=lambda unit: unit.nbytes), iter(units), threading.Lock()
     start = time.perf_counter()
 
-    def read(unit: Unit) -> int:
-        if time.perf_counter() - start > seconds:
-            return 0
-        if not hasattr(local, "slot"):
-            local.slot = slot_for(max(units, key=lambda unit: unit.nbytes))
-        store.read(unit.part, unit.name, unit.start, unit.stop, local.slot)
-        return unit.nbytes
+    def reader(_: int) -> int:
+        slot, done = slot_for(largest), 0
+        while time.perf_counter() - start < seconds:
+            with lock:
+                unit = next(left, None)
+            if unit is None:
+                break
+            store.read(unit.part, unit.name, unit.start, unit.stop, slot)
+            done += unit.nbytes
+        return done
 
     with ThreadPoolExecutor(READERS, "llm_partial_run rate") as pool:
-        done = sum(pool.map(read, units))
+        done = sum(pool.map(reader, range(READERS)))
     return done / (time.perf_counter() - start)
 
 
