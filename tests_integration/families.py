@@ -23,9 +23,11 @@ from transformers import (
     FalconConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 import llm_sepweight
@@ -75,6 +77,26 @@ LLAMA: dict[str, Callable[[], PretrainedConfig]] = {
     "yi": lambda: LlamaConfig(**LL, rms_norm_eps=1e-5, rope_parameters=dict(rope_type="default", rope_theta=5e6)),
 }
 
+MIXTURE: dict[str, Any] = dict(**LL, num_experts_per_tok=2, num_local_experts=5)
+QWEN_MOE: dict[str, Any] = dict(**LL, num_experts_per_tok=2, num_experts=5, moe_intermediate_size=24, head_dim=16)
+
+MIXTURES: dict[str, Callable[[], PretrainedConfig]] = {
+    "mixtral": lambda: MixtralConfig(**MIXTURE),
+    "mixtral, window": lambda: MixtralConfig(**MIXTURE, sliding_window=5),
+    "mixtral, one expert each": lambda: MixtralConfig(**but(MIXTURE, num_experts_per_tok=1)),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**QWEN_MOE, norm_topk_prob=True),
+    "qwen3_moe, weights as they are": lambda: Qwen3MoeConfig(**QWEN_MOE),
+    "qwen3_moe, every second layer": lambda: Qwen3MoeConfig(**QWEN_MOE, decoder_sparse_step=2),
+    "qwen3_moe, first layer dense, tied, biases, window": lambda: Qwen3MoeConfig(
+        **QWEN_MOE,
+        mlp_only_layers=[0],
+        tie_word_embeddings=True,
+        attention_bias=True,
+        use_sliding_window=True,
+        sliding_window=5,
+    ),
+}
+
 F: dict[str, Any] = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 FALCON_40B: dict[str, Any] = dict(**F, new_decoder_architecture=True, num_kv_heads=2)
 FALCON_RW: dict[str, Any] = dict(**F, alibi=True, bias=True, multi_query=False, parallel_attn=False)
@@ -108,7 +130,7 @@ BLOOM: dict[str, Callable[[], PretrainedConfig]] = {
     "bloom, untied": lambda: BloomConfig(**B, tie_word_embeddings=False),
 }
 
-VARIANTS = LLAMA | FALCON | BLOOM
+VARIANTS = LLAMA | MIXTURES | FALCON | BLOOM
 EAGER_ONLY = ("bloom",)  # for which transformers has no other attention
 
 
@@ -130,8 +152,10 @@ def edit_config(path: Path, *, drop: tuple[str, ...] = (), **changes: Any) -> No
 
 
 def theirs(path: Path, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    attention = "eager" if model_type_of(path) in EAGER_ONLY else "sdpa"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention).eval()
+    how = {"attn_implementation": "eager" if model_type_of(path) in EAGER_ONLY else "sdpa"}
+    if model_type_of(path) in ("mixtral", "qwen3_moe"):
+        how["experts_implementation"] = "eager"  # the default multiplies in groups, with other kernels
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **how).eval()
     with torch.inference_mode():
         return model(ids, use_cache=False).logits
 
@@ -146,6 +170,15 @@ def model_type_of(path: Path) -> str:
     return json.loads((path / "config.json").read_text())["model_type"]
 
 
+def load_with_experts(store: Any, part: str) -> dict[str, Tensor]:
+    """A part with the parts of it: what lies in mid.00003/experts.00005 is experts.5 of the layer's module."""
+    weights = dict(store.load(part))
+    for inner in (name for name in store.parts if name.startswith(f"{part}/")):
+        child, number = inner.removeprefix(f"{part}/").split(".")
+        weights |= {f"{child}.{int(number)}.{key}": tensor for key, tensor in store.load(inner).items()}
+    return weights
+
+
 class Ours:
     """The parts of a checkpoint, weights bound, each read through the store."""
 
@@ -157,7 +190,7 @@ class Ours:
             for spec in specs or ("f",):
                 self.parts |= family.parts(self.config, spec)
             for name, part in self.parts.items():
-                weights = {key: tensor.to(dtype, copy=True) for key, tensor in store.load(name).items()}
+                weights = {key: tensor.to(dtype, copy=True) for key, tensor in load_with_experts(store, name).items()}
                 part.load_state_dict(weights, assign=True)
         self.caches: dict[str, tuple[Tensor, ...]] = {}
 

@@ -9,9 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen3MoeConfig,
+)
 
 import llm_llama_model as llama
+import llm_sepweight
 from families import LL, VARIANTS, Ours, assert_near, but, edit_config, save, theirs
 
 
@@ -85,3 +93,32 @@ def test_large_models_have_the_parameters_that_transformers_gives_them(config: L
     modules = llama.parts(llama.Config.from_hf(written))
     ours = {(part, name): p.shape for part, module in modules.items() for name, p in module.state_dict().items()}
     assert ours == {place: shape for key, shape in expected.items() for place in llama.layout(key, written)}
+
+
+@pytest.mark.parametrize(
+    "config", [MixtralConfig(), Qwen3MoeConfig(num_hidden_layers=48)], ids=["mixtral", "qwen3-30b"]
+)
+def test_large_mixtures_have_the_parameters_that_transformers_gives_them(config: PretrainedConfig) -> None:
+    with torch.device("meta"):
+        expected = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    modules = llama.parts(llama.Config.from_hf(json.loads(config.to_json_string(use_diff=False))))
+    assert sum(p.numel() for module in modules.values() for p in module.parameters()) == expected
+
+
+@pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe"])
+def test_experts_saved_all_in_one_tensor_are_refused_with_the_remedy(tmp_path: Path, variant: str) -> None:
+    AutoModelForCausalLM.from_config(VARIANTS[variant]()).save_pretrained(tmp_path, save_original_format=False)
+    with pytest.raises(llm_sepweight.WeightError, match="experts.*holds all experts of a layer.*save_original_format"):
+        Ours(tmp_path)
+
+
+@pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe"])
+def test_each_expert_is_a_part_that_can_be_loaded_alone(tmp_path: Path, variant: str) -> None:
+    with llm_sepweight.open(save(VARIANTS[variant](), tmp_path), layout=llama.layout) as store:
+        inner = [part for part in store.parts if part.startswith("mid.00001/")]
+        assert inner == [f"mid.00001/experts.{i:05d}" for i in range(5)]
+        layer = llama.parts(llama.Config.from_hf(store.config), "1:2")["mid.00001"]
+        shapes = {name: p.shape for name, p in layer.get_submodule("experts.3").state_dict().items()}
+        assert {name: tensor.shape for name, tensor in store.load(inner[3]).items()} == shapes
+        own = {name for name in layer.state_dict() if not name.startswith("experts.")}
+        assert set(store.load("mid.00001")) == own

@@ -90,6 +90,12 @@ def test_goliath_and_deepseek_llm_need_no_switch(layers):
             (None, 5, 5, 5),
         ),
         (
+            {"model_type": "qwen3_moe", "sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1},
+            (5,) * 4,
+        ),
+        ({"model_type": "qwen3_moe", "sliding_window": 5}, (None,) * 4),
+        ({"model_type": "mixtral", "sliding_window": 5}, (5,) * 4),
+        (
             {
                 "model_type": "qwen2",
                 "sliding_window": 5,
@@ -123,6 +129,49 @@ def test_dynamic_rope_ends_where_either_of_its_lengths_ends():
     assert read(max_position_embeddings=64, rope_scaling=dynamic).rope.original_length == 64
     shorter = dynamic | {"original_max_position_embeddings": 16}
     assert read(max_position_embeddings=64, rope_scaling=shorter).rope.original_length == 16
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "sizes", "flags"),
+    [
+        ({"model_type": "mixtral"}, (True,) * 4, (8, 2, 48), (True, True)),
+        (
+            {"model_type": "mixtral", "num_local_experts": 4, "norm_topk_prob": False},
+            (True,) * 4,
+            (4, 2, 48),
+            (True, True),
+        ),
+        ({"model_type": "qwen3_moe"}, (True,) * 4, (128, 8, 768), (False, False)),
+        (
+            {"model_type": "qwen3_moe", "num_experts": 64, "norm_topk_prob": True},
+            (True,) * 4,
+            (64, 8, 768),
+            (True, False),
+        ),
+        ({"model_type": "qwen3_moe", "num_local_experts": 64}, (True,) * 4, (64, 8, 768), (False, False)),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, (False, True) * 2, (128, 8, 768), (False, False)),
+        (
+            {"model_type": "qwen3_moe", "mlp_only_layers": [0, 2], "moe_intermediate_size": 24},
+            (False, True) * 2,
+            (128, 8, 24),
+            (False, False),
+        ),
+    ],
+)
+def test_routing_follows_the_model_type(model, layers, sizes, flags):
+    routing = read(num_key_value_heads=2, **model).routing
+    assert routing is not None
+    assert routing.layers == layers
+    assert (routing.num_experts, routing.num_experts_per_tok, routing.intermediate_size) == sizes
+    assert (routing.norm_topk_prob, routing.fp32_weights) == flags
+
+
+def test_a_mixture_has_the_attention_of_its_relative():
+    mixtral, qwen = (read(model_type=name, num_key_value_heads=2) for name in ("mixtral", "qwen3_moe"))
+    assert (mixtral.rope.theta, mixtral.rms_norm_eps, mixtral.windows) == (1e6, 1e-5, (None,) * 4)
+    assert (mixtral.qk_norm, qwen.qk_norm) == (False, True)
+    assert (qwen.rope.theta, qwen.windows, qwen.head_dim) == (1e4, (None,) * 4, 8)
+    assert read().routing is None
 
 
 def test_keys_that_change_nothing_at_inference_are_ignored():
@@ -161,6 +210,16 @@ LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_fr
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30"),
         ({"num_local_experts": 8}, "num_local_experts 8"),
+        ({"model_type": "qwen3", "num_experts": 8}, "num_experts 8"),
+        ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok 9 .* 8 experts"),
+        ({"model_type": "mixtral", "num_local_experts": 0}, "num_local_experts .*0"),
+        ({"model_type": "mixtral", "decoder_sparse_step": 2}, "decoder_sparse_step .* 'mixtral'"),
+        (
+            {"model_type": "qwen3_moe", "num_experts": 8, "num_local_experts": 16},
+            "num_experts 8 and num_local_experts 16",
+        ),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": 3}, "mlp_only_layers .*3"),
+        ({"model_type": "qwen3_moe", "shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size 64"),
         ({"dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
         ({"eos_token_id": "</s>"}, "eos_token_id .*'</s>'"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings .*'no'"),

@@ -27,6 +27,15 @@ MODELS = {
     "qwen3": TINY | {"model_type": "qwen3", "head_dim": 10},
     "qwen2 mixed": TINY
     | {"model_type": "qwen2", "sliding_window": 3, "use_sliding_window": True, "max_window_layers": 1},
+    "mixtral": TINY | {"model_type": "mixtral", "num_local_experts": 5},
+    "qwen3_moe": TINY
+    | {
+        "model_type": "qwen3_moe",
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "mlp_only_layers": [1],
+    },
 }
 T = 11
 
@@ -242,3 +251,52 @@ def test_linears_are_called_as_modules_so_that_a_runner_may_replace_their_forwar
                 linear.register_forward_hook(lambda *_, key=(part, name): called.add(key))
     model.full(ids)
     assert len(called) == 3 * 7 + 1
+
+
+@pytest.mark.parametrize("model", ["mixtral", "qwen3_moe"])
+def test_only_the_experts_that_are_announced_are_called_once_each_in_order(model, ids):
+    layer: Any = fill(parts(Config.from_hf(MODELS[model]), "0:1"))["mid.00000"]
+    announced, called = [], []
+    layer.experts.announce = announced.append
+    for name, linear in layer.named_modules():
+        if isinstance(linear, nn.Linear):
+            linear.register_forward_hook(lambda *_, name=name: called.append(name))
+    x = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(2))
+    layer(x, positions_of(0, 1))
+    ((first, second),) = announced
+    assert first < second
+    around = [name for name, m in layer.named_modules() if isinstance(m, nn.Linear) and "experts" not in name]
+    inside = [f"experts.{i}.{name}" for i in (first, second) for name in ("gate_proj", "up_proj", "down_proj")]
+    assert called == around + inside
+
+
+def test_weights_of_an_expert_to_which_no_token_goes_need_not_be_there(ids):
+    layer: Any = fill(parts(Config.from_hf(MODELS["mixtral"]), "0:1"))["mid.00000"]
+    x = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(2))
+    expected, needed = layer(x, positions_of(0, 2)), []
+    layer.experts.announce = needed.extend
+    layer(x, positions_of(0, 2))
+    assert 2 <= len(needed) < 5
+    for number in set(range(5)) - set(needed):
+        for linear in layer.experts[number].children():
+            linear._parameters["weight"] = linear.weight.to("meta")
+    assert torch.equal(layer(x, positions_of(0, 2)), expected)
+
+
+def test_experts_give_the_weighted_sum_over_those_chosen(ids):
+    layer: Any = fill(parts(Config.from_hf(MODELS["mixtral"]), "0:1"))["mid.00000"]
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(2))
+    probabilities = layer.mlp.gate(x).softmax(-1)
+    indices, weights = layer.mlp(x)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(7))
+    for token in range(7):
+        best = probabilities[token].topk(2)
+        assert sorted(indices[token].tolist()) == sorted(best.indices.tolist())
+        share = best.values / best.values.sum()
+        alone = sum(w * layer.experts[i](x[token]) for w, i in zip(share, best.indices.tolist(), strict=True))
+        torch.testing.assert_close(layer.experts(x, indices, weights)[token], alone, atol=1e-5, rtol=0)
+
+
+def test_a_dense_layer_says_that_nothing_of_it_is_routed():
+    layers: Any = parts(Config.from_hf(MODELS["qwen3_moe"]), "0:2")
+    assert [layer.routed for layer in layers.values()] == ["experts", None]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,10 @@ MODELS = {
     "qwen3": TINY | {"model_type": "qwen3"},
     "qwen3 biased": TINY | {"model_type": "qwen3", "attention_bias": True},
     "Yi": TINY | {"model_type": "Yi"},
+    "mixtral": TINY | {"model_type": "mixtral", "num_local_experts": 3},
+    "qwen3_moe": TINY | {"model_type": "qwen3_moe", "num_experts": 3, "num_experts_per_tok": 2, "mlp_only_layers": [1]},
 }
+STORED = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}  # as a Mixtral checkpoint calls an expert's matrices
 SOURCE = str(Path(str(llm_llama_model.__file__)).parent.parent)
 MIDS = [f"mid.{i:05d}" for i in range(4)]
 
@@ -99,10 +103,54 @@ sys.exit("torch._dynamo" in sys.modules)
 def test_layout_reaches_every_parameter_of_every_part_once(model):
     config = MODELS[model]
     modules = parts(Config.from_hf(config))
-    expected = sorted((part, name) for part, module in modules.items() for name in module.state_dict())
+    expected = [place(part, name) for part, module in modules.items() for name in module.state_dict()]
     keys = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
-    keys += [f"model.layers.{i}.{name}" for i, part in enumerate(MIDS) for name in modules[part].state_dict()]
-    assert sorted(place for key in keys for place in layout(key, config)) == expected
+    keys += [
+        f"model.layers.{i}.{stored(name, model)}" for i, part in enumerate(MIDS) for name in modules[part].state_dict()
+    ]
+    assert sorted(place for key in keys for place in layout(key, config)) == sorted(expected)
+
+
+def place(part: str, name: str) -> tuple[str, str]:
+    """Where the store has a parameter: that of an expert in a part of the part."""
+    if match := re.fullmatch(r"experts\.([0-9]+)\.(.+)", name):
+        return f"{part}/experts.{int(match[1]):05d}", match[2]
+    return part, name
+
+
+def stored(name: str, model: str) -> str:
+    """What the checkpoint calls a parameter of a layer."""
+    name = re.sub(r"^experts\.", "mlp.experts.", name)
+    if model != "mixtral":
+        return name
+    name = re.sub(r"\w+_proj(?=\.weight)", lambda m: STORED[m[0]], name) if "experts" in name else name
+    return name.replace("mlp.", "block_sparse_moe.")
+
+
+def test_layout_makes_each_expert_a_part_of_its_layers_part():
+    mixtral, qwen = MODELS["mixtral"], MODELS["qwen3_moe"]
+    expected = [("mid.00002/experts.00001", "up_proj.weight")]
+    assert layout("model.layers.2.block_sparse_moe.experts.1.w3.weight", mixtral) == expected
+    assert layout("model.layers.2.mlp.experts.1.up_proj.weight", qwen) == expected
+    assert layout("model.layers.2.block_sparse_moe.gate.weight", mixtral) == [(MIDS[2], "mlp.gate.weight")]
+    assert layout("model.layers.1.mlp.up_proj.weight", qwen) == [(MIDS[1], "mlp.up_proj.weight")]
+
+
+@pytest.mark.parametrize(
+    ("model", "key", "named"),
+    [
+        ("mixtral", "model.layers.2.block_sparse_moe.experts.3.w1.weight", "has 3 experts, none numbered 3"),
+        ("mixtral", "model.layers.2.block_sparse_moe.experts.1.w4.weight", "no place in an expert"),
+        ("mixtral", "model.layers.2.mlp.experts.gate_up_proj", "save_original_format=True"),
+        ("mixtral", "model.layers.2.mlp.up_proj.weight", "no place in layer 2"),
+        ("qwen3_moe", "model.layers.1.mlp.experts.1.up_proj.weight", "no place in layer 1"),
+        ("qwen3_moe", "model.layers.1.mlp.gate.weight", "no place in layer 1"),
+        ("llama", "model.layers.1.block_sparse_moe.gate.weight", "no place in layer 1"),
+    ],
+)
+def test_layout_refuses_an_expert_that_the_model_does_not_have(model, key, named):
+    with pytest.raises(ValueError, match=named):
+        layout(key, MODELS[model])
 
 
 def test_layout_sends_a_tied_embedding_to_both_ends_and_drops_a_stored_head():

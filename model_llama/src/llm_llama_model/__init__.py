@@ -1,4 +1,4 @@
-"""The Llama family (Llama 1 to 3, Mistral, Qwen2, Qwen3, Yi) as parts that can be run one at a time."""
+"""The Llama family (Llama 1 to 3, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Yi) as parts that can be run one at a time."""
 
 from __future__ import annotations
 

@@ -15,7 +15,22 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
+    "mixtral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3_moe": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 4,
+        "sliding_window": 4096,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    },
 }
+MIXTURES = ("mixtral", "qwen3_moe")
 
 # Keys by which a relative of these models computes, with the values at which they do nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -35,11 +50,27 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_scale": (None, 1),
     "attention_chunk_size": (None,),
     "no_rope_layers": (None, []),
-    "num_experts": (None, 0),
-    "num_local_experts": (None, 0),
+    "shared_expert_intermediate_size": (None, 0),
+    "n_shared_experts": (None, 0),
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),
 }
+NO_EXPERTS: dict[str, tuple[Any, ...]] = {"num_experts": (None, 0), "num_local_experts": (None, 0)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """How tokens are sent to experts, in a mixture of experts.
+
+    `layers` has one entry per layer: whether it has experts. `norm_topk_prob`: the weights of the chosen add up to 1.
+    """
+
+    num_experts: int
+    num_experts_per_tok: int
+    intermediate_size: int
+    norm_topk_prob: bool
+    fp32_weights: bool
+    layers: tuple[bool, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +97,7 @@ class Config:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    routing: Routing | None
     tie_word_embeddings: bool
     eos_ids: tuple[int, ...]
     dtype: str | None
@@ -84,7 +116,7 @@ class Config:
         model_type = config.get("model_type")
         if model_type not in DEFAULTS:
             raise ValueError(f"model_type {model_type!r} is not of this family, supported are {', '.join(DEFAULTS)}")
-        for key, neutral in NEUTRAL.items():
+        for key, neutral in (NEUTRAL if model_type in MIXTURES else NEUTRAL | NO_EXPERTS).items():
             if key in config and config[key] not in neutral:
                 raise ValueError(f"{key} {config[key]!r} is not supported for model_type {model_type!r}")
 
@@ -93,7 +125,7 @@ class Config:
         num_key_value_heads = _integer(config, "num_key_value_heads", num_attention_heads)
         num_hidden_layers = _integer(config, "num_hidden_layers")
         max_position_embeddings = _integer(config, "max_position_embeddings")
-        attention_bias = _flag(config, "attention_bias", only=("llama", "Yi", "qwen2", "qwen3"))
+        attention_bias = _flag(config, "attention_bias", only=("llama", "Yi", "qwen2", "qwen3", "qwen3_moe"))
         if num_attention_heads % num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {num_attention_heads} is not a multiple of"
@@ -115,7 +147,8 @@ class Config:
             qkv_bias=model_type == "qwen2" or attention_bias,
             o_bias=model_type != "qwen2" and attention_bias,  # Qwen2 has its own rule and does not read the key
             mlp_bias=_flag(config, "mlp_bias", only=("llama", "Yi")),
-            qk_norm=model_type == "qwen3",
+            qk_norm=model_type in ("qwen3", "qwen3_moe"),
+            routing=_routing(config, num_hidden_layers) if model_type in MIXTURES else None,
             tie_word_embeddings=_flag(config, "tie_word_embeddings"),
             eos_ids=_eos_ids(config),
             dtype=_dtype(config),
@@ -123,18 +156,20 @@ class Config:
 
 
 def _windows(config: Mapping[str, Any], num_hidden_layers: int) -> tuple[int | None, ...]:
-    """The window of each layer: Llama has none, Mistral one for all, Qwen some where `use_sliding_window` says so."""
+    """The window of each layer: Llama has none, Mistral and Mixtral one for all, Qwen where `use_sliding_window` says so,
+    Qwen2 and Qwen3 in some layers."""
     model_type = config["model_type"]
-    qwen = model_type in ("qwen2", "qwen3")
+    qwen = model_type in ("qwen2", "qwen3", "qwen3_moe")
     used = _flag(config, "use_sliding_window", default=not qwen)
     window = None if config.get("sliding_window") is None else _integer(config, "sliding_window")
-    if window is not None and not qwen and not (model_type == "mistral" and used):
+    if window is not None and not qwen and not (model_type in ("mistral", "mixtral") and used):
         raise ValueError(
             f"sliding_window {window} with use_sliding_window {used} means nothing to model_type {model_type!r};"
             " null stands for full attention"
         )
     window = window if used else None
-    first = _integer(config, "max_window_layers", 28, least=0) if qwen else 0
+    chosen = model_type in ("qwen2", "qwen3")  # layer by layer
+    first = _integer(config, "max_window_layers", 28, least=0) if chosen else 0
     windows = tuple(window if layer >= first else None for layer in range(num_hidden_layers))
 
     if (layer_types := config.get("layer_types")) is None:
@@ -146,9 +181,36 @@ def _windows(config: Mapping[str, Any], num_hidden_layers: int) -> tuple[int | N
     if "sliding_attention" in layer_types and window is None:
         raise ValueError("layer_types: 'sliding_attention' without a sliding_window that is in use")
     typed = tuple(window if layer_type == "sliding_attention" else None for layer_type in layer_types)
-    if typed != windows and not qwen:
+    if typed != windows and not chosen:
         raise ValueError(f"layer_types {layer_types} disagrees with what model_type {model_type!r} does in every layer")
     return typed
+
+
+def _routing(config: Mapping[str, Any], num_hidden_layers: int) -> Routing:
+    """Mixtral has experts in every layer; Qwen3-MoE in each `decoder_sparse_step`-th that is not in `mlp_only_layers`."""
+    mixtral = config["model_type"] == "mixtral"
+    given = {key: config[key] for key in ("num_experts", "num_local_experts") if config.get(key) is not None}
+    if len(set(given.values())) > 1:
+        said = " and ".join(f"{key} {value!r}" for key, value in given.items())
+        raise ValueError(f"{said} disagree; keep the one that is meant")
+    num_experts = _integer(given, next(iter(given), "num_experts"), 8 if mixtral else 128)
+    num_experts_per_tok = _integer(config, "num_experts_per_tok")
+    if num_experts_per_tok > num_experts:
+        raise ValueError(f"num_experts_per_tok {num_experts_per_tok} is more than the {num_experts} experts there are")
+    dense = config.get("mlp_only_layers") or []
+    if not isinstance(dense, (list, tuple)) or not all(isinstance(layer, int) for layer in dense):
+        raise ValueError(f"mlp_only_layers must be a list of layer numbers, got {dense!r}")
+    step = _integer(config, "decoder_sparse_step", 1)
+    if mixtral and (dense or step > 1):
+        raise ValueError("mlp_only_layers and decoder_sparse_step mean nothing to model_type 'mixtral'")
+    return Routing(
+        num_experts=num_experts,
+        num_experts_per_tok=num_experts_per_tok,
+        intermediate_size=_integer(config, "intermediate_size" if mixtral else "moe_intermediate_size"),
+        norm_topk_prob=mixtral or _flag(config, "norm_topk_prob"),
+        fp32_weights=mixtral,
+        layers=tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(num_hidden_layers)),
+    )
 
 
 def _head_dim(config: Mapping[str, Any], hidden_size: int, num_attention_heads: int) -> int:

@@ -10,8 +10,11 @@ from ._config import Config
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-ALWAYS = (*QKV, "self_attn.o_proj", *MLP, "input_layernorm", "post_attention_layernorm")
+ALWAYS = (*QKV, "self_attn.o_proj", "input_layernorm", "post_attention_layernorm")
 YI_NORMS = {"ln1.weight": "input_layernorm.weight", "ln2.weight": "post_attention_layernorm.weight"}  # first uploads
+EXPERT = re.compile(r"(?:mlp|block_sparse_moe)\.experts\.([0-9]+)\.(\w+)\.weight")
+FUSED = re.compile(r"(?:mlp|block_sparse_moe)\.experts\.(?:gate_up_proj|down_proj)")
+MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 COMPUTED = "self_attn.rotary_emb.inv_freq"  # stored by old versions of transformers, computed here
 
 
@@ -48,13 +51,34 @@ def layout(key: str, config: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     if known.model_type == "Yi":
         name = YI_NORMS.get(name, name)
-    if name not in _layer_names(known):
-        raise ValueError(f"checkpoint key {key!r} has no place in a layer of this {known.model_type!r} model")
+    if known.routing is not None and known.routing.layers[layer]:
+        if match := EXPERT.fullmatch(name):
+            return [_expert(key, layer, int(match[1]), match[2], known.routing.num_experts)]
+        if FUSED.fullmatch(name):
+            raise ValueError(
+                f"checkpoint key {key!r} holds all experts of a layer: save the model with a tensor for each,"
+                " as save_pretrained(..., save_original_format=True) does"
+            )
+        name = name.replace("block_sparse_moe.", "mlp.")
+    if name not in _layer_names(known, layer):
+        raise ValueError(f"checkpoint key {key!r} has no place in layer {layer} of this {known.model_type!r} model")
     return [(f"mid.{layer:05d}", name)]
 
 
-def _layer_names(config: Config) -> set[str]:
-    """The names in `Layer(config, 0).state_dict()`."""
+def _expert(key: str, layer: int, expert: int, name: str, num_experts: int) -> tuple[str, str]:
+    """A part of the layer's part for each expert, whose weights have names as if it were alone."""
+    name = MIXTRAL.get(name, name)
+    if expert >= num_experts:
+        raise ValueError(f"checkpoint key {key!r}: the layer has {num_experts} experts, none numbered {expert}")
+    if name not in MIXTRAL.values():
+        raise ValueError(f"checkpoint key {key!r} has no place in an expert")
+    return f"mid.{layer:05d}/experts.{expert:05d}", f"{name}.weight"
+
+
+def _layer_names(config: Config, layer: int) -> set[str]:
+    """The names in `Layer(config, layer).state_dict()`, without those of experts."""
+    sparse = config.routing is not None and config.routing.layers[layer]
     biased = QKV * config.qkv_bias + ("self_attn.o_proj",) * config.o_bias + MLP * config.mlp_bias
     normed = ("self_attn.q_norm", "self_attn.k_norm") * config.qk_norm
-    return {f"{name}.weight" for name in ALWAYS + normed} | {f"{name}.bias" for name in biased}
+    matrices = ("mlp.gate",) if sparse else MLP
+    return {f"{name}.weight" for name in ALWAYS + matrices + normed} | {f"{name}.bias" for name in biased}

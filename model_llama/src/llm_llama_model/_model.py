@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._config import Config
+from ._mlp import MLP, Experts, Router
 from ._rope import rotate
 
 Cache = tuple[Tensor, Tensor]  # keys and values, each (rows, slots, num_key_value_heads, head_dim)
@@ -38,6 +39,9 @@ class Layer(nn.Module):
     the slots <= p, and > p - window, among the first `kv_len` (default: all). Where `kv_len == T` and every row starts
     at position 0, nothing older is to be seen, and the kernel's own causal path is taken. `mask` [B, T, kv_len], true
     where seen, replaces the rule.
+
+    A layer with experts names the child that has them in `routed`: weights of its item i, which lie in the part
+    `mid.00003/experts.0000i`, are needed in passes in which a token is routed there, once `experts.announce` says so.
     """
 
     rewind = "any"  # a cache can be rolled back to any length: stale slots are unseen until they are overwritten
@@ -47,7 +51,13 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, window=config.windows[index])
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.routed = None
+        if config.routing is None or not config.routing.layers[index]:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        else:
+            self.routed = "experts"
+            self.mlp = Router(config, config.routing)
+            self.experts = Experts(config, config.routing)
 
     def forward(
         self,
@@ -60,7 +70,11 @@ class Layer(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         h = x + self.self_attn(self.input_layernorm(x), positions, cache, slots=slots, kv_len=kv_len, mask=mask)
-        return h + self.mlp(self.post_attention_layernorm(h))
+        normed = self.post_attention_layernorm(h)
+        if self.routed is None:
+            return h + self.mlp(normed)
+        tokens = normed.flatten(0, 1)  # (B * T, hidden_size)
+        return h + self.experts(tokens, *self.mlp(tokens)).view_as(h)
 
     def new_cache(
         self, rows: int, slots: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
@@ -154,19 +168,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != k.shape[1]
     )
     return out.transpose(1, 2)
-
-
-class MLP(nn.Module):
-    """Feed-forward network gated by SiLU."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class RMSNorm(nn.Module):
