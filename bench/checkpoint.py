@@ -148,14 +148,14 @@ def _complete(shape: Shape, path: Path, shards: list[tuple[str, dict[str, tuple[
     try:
         same = json.loads((path / "config.json").read_text()) == shape.config
         return same and all(
-            (path / name).stat().st_size == len(_header(tensors)) + sum(2 * math.prod(s) for s in tensors.values())
+            (path / name).stat().st_size == len(header(tensors)) + sum(2 * math.prod(s) for s in tensors.values())
             for name, tensors in shards
         )
     except (OSError, ValueError):
         return False
 
 
-def _header(tensors: dict[str, tuple[int, ...]]) -> bytes:
+def header(tensors: dict[str, tuple[int, ...]]) -> bytes:
     """The start of a safetensors file: length of the JSON (8 bytes), the JSON, blanks up to a multiple of 8."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -170,7 +170,7 @@ def _header(tensors: dict[str, tuple[int, ...]]) -> bytes:
 
 def _write_shard(file: Path, tensors: dict[str, tuple[int, ...]], rng: np.random.Generator) -> None:
     with open(file, "wb", buffering=0) as out:
-        out.write(_header(tensors))
+        out.write(header(tensors))
         for dims in tensors.values():
             todo = math.prod(dims)
             while todo:

@@ -148,3 +148,13 @@ def test_a_peer_that_cannot_be_installed_is_told_with_pips_own_words(tmp_path: P
     assert error is not None
     assert "there-is-no-such-folder" in error
     assert not peer.installed(tmp_path)
+
+
+def test_layers_of_a_bloom_are_measured_at_real_size_and_deleted(tmp_path: Path) -> None:
+    command = [sys.executable, BENCH / "desktop.py", "--preset", "bloom-560m", "--layers", "3", "--tokens", "1", "64"]
+    command += ["--memory", "700MiB", "--plans", "700MiB", "--dir", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "of 1.52 GiB, computing in bfloat16" in done.stdout  # 24 layers, begin and end
+    rows = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("700MiB")]
+    assert [row[:2] for row in rows if len(row) == 10] == [["700MiB", "1"], ["700MiB", "64"]]
+    assert not list(tmp_path.iterdir())
