@@ -74,5 +74,7 @@ def test_beams_and_scores_equal_generates(
         assert [list(beam.tokens) for beam in ours[row]] == [
             text[: len(beam.tokens)] for text, beam in zip(texts, ours[row], strict=True)
         ]
-        assert all(set(text[len(beam.tokens) :]) <= {VOCABULARY - 1} for text, beam in zip(texts, ours[row], strict=True))
+        assert all(
+            set(text[len(beam.tokens) :]) <= {VOCABULARY - 1} for text, beam in zip(texts, ours[row], strict=True)
+        )
         assert [beam.score for beam in ours[row]] == pytest.approx(theirs.sequences_scores.tolist(), abs=2e-4)

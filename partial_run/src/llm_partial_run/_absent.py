@@ -67,7 +67,9 @@ class Absent(torch.Tensor):
         )
 
 
-def _look_up(rows: Rows, ids: Tensor, padding_idx: Any = None, max_norm: Any = None, norm_type: float = 2.0, *_: Any, **more: Any) -> Tensor:
+def _look_up(
+    rows: Rows, ids: Tensor, padding_idx: Any = None, max_norm: Any = None, norm_type: float = 2.0, *_: Any, **more: Any
+) -> Tensor:
     """F.embedding with the rows that it needs alone; `padding_idx` matters to gradients only."""
     unique, within = ids.unique(return_inverse=True)
     return F.embedding(within, rows(unique), None, more.get("max_norm", max_norm), more.get("norm_type", norm_type))

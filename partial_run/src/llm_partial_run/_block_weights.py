@@ -188,7 +188,9 @@ class BlockWeights(Weights):
         if ahead is None:
             if self._settled and not self._warned:
                 self._warned = True
-                warnings.warn(f"{unit} was asked for when it was not its turn: reading it by itself is slow", stacklevel=2)
+                warnings.warn(
+                    f"{unit} was asked for when it was not its turn: reading it by itself is slow", stacklevel=2
+                )
             return self._read(unit, self._own_slot).to(self._device, self._plan.dtype)
         for left_out in self._order[self._at : self._at + ahead]:
             super()._take(left_out)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 
-
 def computed_buffers(module: nn.Module, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The values of the buffers on meta that are not in the module's state_dict.
 
@@ -50,7 +49,9 @@ def _initializer(module: nn.Module, owner: nn.Module) -> Callable[[], Any]:
     return getattr(owner, "reset_parameters", lambda: None)
 
 
-def _computed(owner: nn.Module, wanted: Mapping[str, Tensor], rubbish: int, compute: Callable[[], Any]) -> dict[str, Tensor]:
+def _computed(
+    owner: nn.Module, wanted: Mapping[str, Tensor], rubbish: int, compute: Callable[[], Any]
+) -> dict[str, Tensor]:
     buffers = {name: torch.full(like.shape, rubbish, dtype=like.dtype) for name, like in wanted.items()}
     leaves = {name.rpartition(".")[2]: name for name in wanted}
     before = {leaf: owner._buffers[leaf] for leaf in leaves}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._units import Unit
 
-FADING = 0.97  # what a use counts for, one use of the layer later
+FADING = 0.99  # what a use counts for, one use of the layer later: on traces as good as none, and tastes may change
 
 
 class Experts:

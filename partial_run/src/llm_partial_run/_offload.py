@@ -152,7 +152,11 @@ class Offload:
         if device_memory is None and self._device.type == "cuda":
             device_memory = int(torch.cuda.mem_get_info(self._device)[0] * DEFAULT_SHARE)
         allowed = int(available() * DEFAULT_SHARE) if memory is None else parse_bytes(memory)
-        counted = measured_runtime(allowed, model.dtype) + MARGIN + allowed // 512 if runtime is None else parse_bytes(runtime)
+        counted = (
+            measured_runtime(allowed, model.dtype) + MARGIN + allowed // 512
+            if runtime is None
+            else parse_bytes(runtime)
+        )
         caches = cache_nbytes(self.module, rows, context, model.dtype) if cache is None else parse_bytes(cache)
         alone = max((unit.nbytes for unit in model.units), default=0)  # a slice that is read out of turn
         decided = decide(
@@ -239,7 +243,9 @@ class Offload:
 
     def _after(self, i: int, *_: Any) -> None:
         self._binding.close()
-        self.stats.seconds_computing += time.perf_counter() - self._block_start - (self._weights.waited - self._block_waited)
+        self.stats.seconds_computing += (
+            time.perf_counter() - self._block_start - (self._weights.waited - self._block_waited)
+        )
         if self._progress is not None and i + 1 == len(self._modules):
             self._progress("pass", i + 1, len(self._modules))
 

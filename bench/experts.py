@@ -1,0 +1,151 @@
+"""Which experts should stay in memory? Plays a trace of a router's choices against several rules.
+
+The trace is of a small mixture of experts (Mixtral, 16 experts, 2 a token) that is trained here for a minute on the text
+of this repository, with the usual loss for balance, and then reads text that it has not seen, token by token. It shows
+what routers do: favourites that differ between layers, and the same experts for a while. It is no 50 GB model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+LAYERS, EXPERTS, PER_TOKEN = 4, 16, 2
+
+Key = tuple[int, int]  # layer, expert
+Trace = list[list[list[int]]]  # token, layer -> the experts chosen
+
+
+def trained_trace(steps: int, tokens: int) -> Trace:
+    """The choices of a model of `steps` training steps, over `tokens` tokens (bytes) that it has not seen."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=256, hidden_size=128, intermediate_size=128, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=4, num_local_experts=EXPERTS, num_experts_per_tok=PER_TOKEN, output_router_logits=True,
+        router_aux_loss_coef=0.02, max_position_embeddings=512,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    text = torch.tensor(list(b"".join(path.read_bytes() for path in sorted(ROOT.glob("*/src/*/*.py")))))
+    seen, unseen = text[: -tokens - 1], text[-tokens - 1 :]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(steps):
+        starts = torch.randint(len(seen) - 129, (8,))
+        batch = torch.stack([seen[start : start + 128] for start in starts])
+        loss = model(batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 0:
+            print(f"step {step}: loss {loss.item():.2f}", flush=True)
+    trace: Trace = []
+    with torch.inference_mode():
+        for start in range(0, tokens, 256):
+            logits = model(unseen[None, start : start + 256]).router_logits  # per layer [T, EXPERTS]
+            chosen = torch.stack([layer.topk(PER_TOKEN).indices for layer in logits], dim=1)  # [T, LAYERS, PER_TOKEN]
+            trace += chosen.tolist()
+    return trace
+
+
+def lru(trace: Trace, slots: int) -> float:
+    """The least recently used goes, whichever its layer."""
+    kept: OrderedDict[Key, None] = OrderedDict()
+    hits = 0
+    for key in _keys(trace):
+        hits += key in kept
+        kept[key] = None
+        kept.move_to_end(key)
+        if len(kept) > slots:
+            kept.popitem(last=False)
+    return hits / _uses(trace)
+
+
+def lru_per_layer(trace: Trace, slots: int) -> float:
+    """Each layer has its share of the slots, and the least recently used of the layer goes."""
+    shares = [slots // LAYERS + (i < slots % LAYERS) for i in range(LAYERS)]
+    return sum(
+        lru([[token[i]] for token in trace], share) * _uses(trace) / LAYERS for i, share in enumerate(shares)
+    ) / _uses(trace)
+
+
+def lfu(fading: float) -> Callable[[Trace, int], float]:
+    """The one used least goes, where a use counts `fading` times less with each token."""
+
+    def hit_rate(trace: Trace, slots: int) -> float:
+        kept: set[Key] = set()
+        score: dict[Key, float] = {}
+        hits = 0
+        for t, token in enumerate(trace):
+            for layer, experts in enumerate(token):
+                for expert in experts:
+                    key = layer, expert
+                    now = -t * math.log(fading)
+                    before = score.get(key, -math.inf)
+                    score[key] = now + math.log1p(math.exp(before - now))
+                    hits += key in kept
+                    kept.add(key)
+                    if len(kept) > slots:
+                        kept.remove(min(kept - {key}, key=score.__getitem__))
+        return hits / _uses(trace)
+
+    return hit_rate
+
+
+def pinned(trace: Trace, slots: int) -> float:
+    """Those used most in the first half stay for ever; the second half is counted."""
+    half = len(trace) // 2
+    favourites = {key for key, _ in Counter(_keys(trace[:half])).most_common(slots)}
+    return sum(key in favourites for key in _keys(trace[half:])) / _uses(trace[half:])
+
+
+def _keys(trace: Trace) -> Iterable[Key]:
+    return ((layer, expert) for token in trace for layer, experts in enumerate(token) for expert in experts)
+
+
+def _uses(trace: Trace) -> int:
+    return sum(len(experts) for token in trace for experts in token)
+
+
+RULES: dict[str, Callable[[Trace, int], float]] = {
+    "LRU": lru,
+    "LRU, per layer": lru_per_layer,
+    "LFU": lfu(1.0),
+    "LFU, fading 0.99": lfu(0.99),
+    "LFU, fading 0.97": lfu(0.97),
+    "LFU, fading 0.9": lfu(0.9),
+    "LFU, fading 0.8": lfu(0.8),
+    "pinned by frequency": pinned,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200, help="of training (default: 200, a minute)")
+    parser.add_argument("--tokens", type=int, default=2048, help="of the trace (default: 2048)")
+    parser.add_argument("--json", type=Path, help="write the hit rates there")
+    arguments = parser.parse_args(argv)
+    start = time.perf_counter()
+    trace = trained_trace(arguments.steps, arguments.tokens)
+    print(
+        f"trace: {len(trace)} tokens, {LAYERS} layers, {PER_TOKEN} of {EXPERTS} experts, {time.perf_counter() - start:.0f} s\n"
+    )
+    shares = (0.2, 0.35, 0.5, 0.75)
+    rates = {name: [rule(trace, round(share * LAYERS * EXPERTS)) for share in shares] for name, rule in RULES.items()}
+    print(f"{'hits, with slots for':<24}" + "".join(f"{share:>8.0%}" for share in shares))
+    for name, row in rates.items():
+        print(f"{name:<24}" + "".join(f"{rate:>8.1%}" for rate in row))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"shares": shares, "hit_rates": rates}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
