@@ -158,3 +158,12 @@ def test_layers_of_a_bloom_are_measured_at_real_size_and_deleted(tmp_path: Path)
     rows = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("700MiB")]
     assert [row[:2] for row in rows if len(row) == 10] == [["700MiB", "1"], ["700MiB", "64"]]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mixture_reads_the_experts_that_are_wanted_and_absent(tmp_path: Path) -> None:
+    command = [sys.executable, BENCH / "mixture.py", "--shape", "tiny", "--dir", tmp_path, "--tokens", "3"]
+    command += ["--memory", "smallest", "--json", tmp_path / "results.json"]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    (run,) = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert 0 < run["read_per_token"] < run["read_by_whole_layers"]
+    assert 0 <= run["hits"] < 1

@@ -268,6 +268,6 @@ def _activations(model: Model, rows: int, context: int, tokens: int, micro_batch
 
 def _pace(plan: Plan) -> str:
     if not plan.streamed:
-        return "everything is resident"
+        return "and the experts that are wanted and absent" if plan.experts else "everything is resident"
     seconds = plan.seconds_per_pass
     return f"{seconds:.2f} s at the {plan.read_rate / 1e9:.2f} GB/s measured" if seconds and plan.read_rate else ""
