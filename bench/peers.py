@@ -9,6 +9,7 @@ import argparse
 import importlib.metadata
 import os
 import subprocess
+import sys
 import venv
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,20 +23,21 @@ class Peer:
     """A program that does the same work, and the script here that drives it."""
 
     name: str
-    requirements: tuple[str, ...]
+    requirements: tuple[str, ...]  # none: it runs in this environment
     worker: str
     has_torch: bool = True
     resident: str | None = None  # its name in the table when there is no memory limit; None: it has no such mode
     shares: tuple[float, ...] = (0.75,)  # see Job.share: the first that is not killed counts
 
     def python(self, folder: Path) -> Path:
-        return folder / self.name / "bin" / "python"
+        return folder / self.name / "bin" / "python" if self.requirements else Path(sys.executable)
 
     def installed(self, folder: Path) -> bool:
-        return (folder / self.name / "installed").exists()
+        return not self.requirements or (folder / self.name / "installed").exists()
 
 
 PEERS = (
+    Peer("offload", (), "ours_offload.py", resident="offload"),
     Peer(
         "accelerate",
         ("transformers>=5,<6", "accelerate>=1.15,<2"),

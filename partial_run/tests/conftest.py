@@ -200,3 +200,9 @@ def routed_toy(tmp_path: Path):
     model = RoutedToy(tmp_path / "routed weights")
     yield model
     model.store.close()
+
+
+@pytest.fixture
+def file_store():
+    """Weights in a real file, for tests that make their own: `file_store(path, weights)`."""
+    return FileStore

@@ -61,9 +61,10 @@ class Absent(torch.Tensor):
             if isinstance(weight, Absent) and weight._rows is not None:
                 return _look_up(weight._rows, ids, *rest, **kwargs)
         absent = next(a for a in (*args, *kwargs.values()) if isinstance(a, Absent))
+        asked = func.__self__ if func.__name__ == "__get__" else func  # of x.T, say "T"
         raise RuntimeError(
-            f"{absent._name} is offloaded, and {getattr(func, '__name__', func)} needs it in memory as a whole: "
-            "only the module that it belongs to can compute with it, by its own forward"
+            f"{absent._name} is offloaded, and {asked.__name__} needs it in memory as a whole: only the forward of the "
+            "module that it belongs to can do without. Where a block computes with it otherwise, give whole_blocks=True"
         )
 
 

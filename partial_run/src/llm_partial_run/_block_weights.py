@@ -49,6 +49,7 @@ class BlockWeights(Weights):
         self._at = 0  # how many of them this pass has taken or left out
         self._asked: list[Unit] = []
         self._settled = False
+        self._room_used = 0  # bytes of the room for tensors in one piece that the running block has
         self._alone = False  # the last slice came by a read of its own
         self._warned = False
         super().__init__(parts, store, survey.model, plan, device, progress)
@@ -74,10 +75,11 @@ class BlockWeights(Weights):
 
     def bind_block(self, part: str) -> ExitStack:
         """Give a block its whole tensors, until the stack that this returns is closed."""
-        at, binding = 0, ExitStack()
+        self._room_used, binding = 0, ExitStack()
         for owner, name in self._survey.whole:
             if owner == part and (part, name) not in self._complete:
-                tensor, at = self._assemble((part, name), self._room, at)
+                tensor = self._assemble((part, name), self._room[self._room_used :])
+                self._room_used += -(-tensor.nbytes // PAGE) * PAGE + PAGE
                 binding.enter_context(bound(self._parts[part], name, tensor))
         return binding
 
@@ -85,21 +87,23 @@ class BlockWeights(Weights):
 
     def _load(self, progress: Progress | None) -> None:
         super()._load(progress)
-        self._complete: set[tuple[str, str]] = set()  # whole tensors of which every slice stays
-        for (part, name), _ in self._survey.whole.items():
+        self._complete: set[tuple[str, str]] = set()  # tensors bound as one of which every slice stays
+        in_one_piece = [*self._survey.called, *self._survey.whole]
+        for part, name in in_one_piece:
             units = self._by_tensor[part, name]
             if all(unit in self._local for unit in units):
-                memory = page_aligned(sum(unit.kept_nbytes for unit in units) + PAGE)
-                tensor, _ = self._assemble((part, name), memory, 0)
+                tensor = self._assemble((part, name), self._memory(sum(unit.kept_nbytes for unit in units) + PAGE))
                 for unit in units:
                     del self._kept[unit]
                 self._opened.enter_context(bound(self._parts[part], name, tensor))
                 self._complete.add((part, name))
-        if self._survey.whole.keys() - self._complete:
-            largest = max(sum(part == owner for owner, _ in self._survey.whole) for part in self._parts)
-            nbytes = self._survey.whole_nbytes + largest * 2 * PAGE
-            on_cpu = self._device.type == "cpu"
-            self._room = page_aligned(nbytes) if on_cpu else torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        if len(in_one_piece) > len(self._complete):
+            most = max(sum(part == owner for owner, _ in self._survey.whole) for part in self._parts) + 1
+            self._room = self._memory(self._survey.whole_nbytes + most * 2 * PAGE)
+
+    def _memory(self, nbytes: int) -> Tensor:
+        on_cpu = self._device.type == "cpu"
+        return page_aligned(nbytes) if on_cpu else torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def _start(self) -> None:
         super()._start()
@@ -110,18 +114,27 @@ class BlockWeights(Weights):
 
     def _bind(self) -> None:
         for (part, name), module in self._survey.sliced.items():
-            compute = {"linear": self._linear, "falcon": self._falcon, "conv1d": self._conv1d}[kind_of(module) or ""]
-            self._opened.callback(_restore_forward(module))
-            module.forward = functools.partial(compute, module, self._by_tensor[part, name])
+            units = self._by_tensor[part, name]
+            if kind_of(module) == "linear":
+                self._replace_forward(module, functools.partial(self._linear, module, units, self._slice))
+            else:
+                self._replace_forward(module, functools.partial(self._falcon, module, units))
+        for (part, name), module in self._survey.called.items():
+            if (part, name) not in self._complete:
+                self._replace_forward(module, functools.partial(self._call, module, (part, name)))
+        for part, name in {*self._survey.sliced, *self._survey.called, *self._survey.whole} - self._complete:
             self._stand_in(part, name, None)
         for part, name in self._survey.gathered:
             self._stand_in(part, name, functools.partial(self._rows, part, name))
-        for part, name in self._survey.whole.keys() - self._complete:
-            self._stand_in(part, name, None)
+
+    def _replace_forward(self, module: nn.Module, forward: Any) -> None:
+        own = {"forward": module.__dict__["forward"]} if "forward" in module.__dict__ else {}
+        module.forward = forward
+        self._opened.callback(lambda: (module.__dict__.pop("forward", None), module.__dict__.update(own)))
 
     def _stand_in(self, part: str, name: str, rows: Callable[[Tensor], Tensor] | None) -> None:
-        shape = torch.Size(self._survey.whole.get((part, name)) or self._store.tensors(part)[name].shape)
-        absent = Absent.like(f"{part}: {name}", shape, self._plan.dtype, self._device, rows)
+        shape = self._survey.whole.get((part, name)) or self._store.tensors(part)[name].shape
+        absent = Absent.like(f"{part}: {name}", torch.Size(shape), self._plan.dtype, self._device, rows)
         self._opened.enter_context(bound(self._parts[part], name, absent))
 
     def _rows(self, part: str, name: str, ids: Tensor) -> Tensor:
@@ -140,37 +153,24 @@ class BlockWeights(Weights):
         bias = module._parameters["bias"]
         return output if bias is None else output + bias
 
-    def _conv1d(self, module: nn.Module, units: list[Unit], x: Tensor) -> Tensor:
-        """A slice is rows of the input here: the products of several are added up in fp32."""
-        bias: Any = module._parameters["bias"]
-        flat = x.reshape(-1, x.shape[-1])
-        if len(units) == 1:
-            with self._slice_of(units[0]) as rows:
-                output = torch.addmm(bias, flat, rows)
-        else:
-            total = bias.float().expand(len(flat), -1).clone()
-            for unit in units:
-                with self._slice_of(unit) as rows:
-                    total += flat[:, unit.start : unit.stop] @ rows
-            output = total.to(x.dtype)
-        return output.view(*x.shape[:-1], -1)
+    def _call(self, module: nn.Module, tensor: tuple[str, str], x: Tensor) -> Tensor:
+        """The module's own forward, with its matrix in one piece."""
+        with bound(module, "weight", self._assemble(tensor, self._room[self._room_used :])):
+            return type(module).forward(module, x)
 
-    def _assemble(self, tensor: tuple[str, str], memory: Tensor, at: int) -> tuple[Tensor, int]:
-        """A whole tensor in `memory` from about `at` on, and where it ends.
-
-        It lies in its page as in the file, so that a streamed one gives the bits of one that stays.
-        """
-        stored = self._store.tensors(tensor[0])[tensor[1]].shape
+    def _assemble(self, tensor: tuple[str, str], memory: Tensor) -> Tensor:
+        """A tensor from its slices: it lies in a page as in the file, so that a streamed one gives the bits of one that stays."""
+        part, name = tensor
+        stored = self._store.tensors(part)[name].shape
         target = torch.empty(0)
         for unit in self._by_tensor[tensor]:
             with self._slice_of(unit) as rows:
                 if unit.start == 0:
-                    at += rows.data_ptr() % PAGE
+                    at = rows.data_ptr() % PAGE
                     end = at + rows.dtype.itemsize * math.prod(stored)
                     target = memory[at:end].view(rows.dtype).view(stored)
-                    at = -(-end // PAGE) * PAGE
                 target[unit.start : unit.stop].copy_(rows)
-        return target.view(self._survey.whole[tensor]), at
+        return target.view(self._survey.whole.get(tensor) or stored)
 
     @contextmanager
     def _slice_of(self, unit: Unit) -> Iterator[Tensor]:
@@ -216,15 +216,3 @@ class BlockWeights(Weights):
             if other.part.startswith("mid") and other.part not in (here, unit.part):
                 return None
         return None
-
-
-def _restore_forward(module: nn.Module) -> Callable[[], None]:
-    """What gives a module the `forward` back that it has now."""
-    own = module.__dict__.get("forward")
-
-    def restore() -> None:
-        module.__dict__.pop("forward", None)
-        if own is not None:
-            module.__dict__["forward"] = own
-
-    return restore

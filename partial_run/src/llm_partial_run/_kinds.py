@@ -13,7 +13,7 @@ from ._blocks import places
 from ._units import Model, Unit, _slices
 
 SMALL = 1 << 20  # bytes: a tensor of a block that is no larger always stays, as does any with one dimension
-CONV1D = "transformers.pytorch_utils.Conv1D"  # GPT-2's: x @ weight + bias
+CONV1D = "transformers.pytorch_utils.Conv1D"  # GPT-2's: x @ weight + bias; a slice of it gives no outputs, only sums
 FALCON = "transformers.models.falcon.modeling_falcon.FalconLinear"  # x @ weight.T, and then + bias
 
 
@@ -23,9 +23,10 @@ class Survey:
 
     model: Model
     sliced: Mapping[tuple[str, str], nn.Module]  # the matrix of this module, which computes slice by slice
+    called: Mapping[tuple[str, str], nn.Module]  # the matrix of this module, bound as one while it runs
     whole: Mapping[tuple[str, str], tuple[int, ...]]  # bound as one while its block runs: its shape
     gathered: tuple[tuple[str, str], ...]  # of which rows are looked up
-    whole_nbytes: int  # most bytes of whole tensors in one block
+    whole_nbytes: int  # most bytes of what is bound as one at a time
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -42,7 +43,6 @@ def survey_blocks(
     weights: Any,
     *,
     dtype: torch.dtype | None,
-    tokens: int,
     context: int,
     whole_blocks: bool,
 ) -> Survey:
@@ -62,13 +62,14 @@ def survey_blocks(
     units: list[Unit] = []
     kept: list[tuple[str, str]] = []
     sliced: dict[tuple[str, str], nn.Module] = {}
+    called: dict[tuple[str, str], nn.Module] = {}
     whole: dict[tuple[str, str], tuple[int, ...]] = {}
     gathered: list[tuple[str, str]] = []
     kept_nbytes = gathered_nbytes = stored_nbytes = vocab_size = hidden_size = 0
     converted = False
     widths = dict.fromkeys(parts, 0)  # elements per token that the matrices of a part give
     whole_nbytes = dict.fromkeys(parts, 0)
-    part_nbytes = dict.fromkeys(parts, 0)
+    called_nbytes = 0
     for key, tensor in module.state_dict(keep_vars=True).items():
         part, name = named[key]
         info = _info((part, name), parts)
@@ -79,18 +80,23 @@ def survey_blocks(
         path, _, leaf = key.rpartition(".")
         owner = module.get_submodule(path)
         in_block = part.startswith("mid")
-        if leaf == "weight" and kind_of(owner) and not (in_block and whole_blocks):
+        kind = kind_of(owner) if leaf == "weight" and not (in_block and whole_blocks) else None
+        if kind == "conv1d":
+            called[part, name] = owner
+            called_nbytes = max(called_nbytes, nbytes)
+            widths[part] += info.shape[1]
+            hidden_size = hidden_size or info.shape[0]
+        elif kind:
             sliced[part, name] = owner
-            width = info.shape[1 if kind_of(owner) == "conv1d" else 0]
-            widths[part] += width
-            hidden_size = hidden_size or info.shape[0 if kind_of(owner) == "conv1d" else 1]
-            vocab_size = max(vocab_size, width) if part == "end" else vocab_size
+            widths[part] += info.shape[0]
+            hidden_size = hidden_size or info.shape[1]
+            vocab_size = max(vocab_size, info.shape[0]) if part == "end" else vocab_size
         elif leaf == "weight" and isinstance(owner, nn.Embedding) and not in_block:
             gathered.append((part, name))
             gathered_nbytes += info.nbytes
             hidden_size = info.shape[1]
             continue
-        elif in_block and (len(info.shape) > 1 and nbytes > SMALL or tuple(info.shape) != tuple(tensor.shape)):
+        elif in_block and ((len(info.shape) > 1 and nbytes > SMALL) or tuple(info.shape) != tuple(tensor.shape)):
             whole[part, name] = tuple(tensor.shape)
             whole_nbytes[part] += nbytes
             widths[part] += sum(tensor.shape[-2:])
@@ -99,13 +105,12 @@ def survey_blocks(
             kept_nbytes += nbytes
             continue
         units += _slices(part, name, info.shape[0], info.nbytes, nbytes)
-        part_nbytes[part] += info.nbytes
     block_width = max(widths[part] for part in parts if part.startswith("mid"))
     model = Model(
-        tuple(units), tuple(kept), kept_nbytes, gathered_nbytes, stored_nbytes, dtype, converted, vocab_size, hidden_size,
-        max(block_width + _scores(module, context), vocab_size), part_nbytes,
+        tuple(units), (), tuple(kept), kept_nbytes, gathered_nbytes, stored_nbytes, dtype, converted, vocab_size,
+        hidden_size, max(block_width + _scores(module, context), vocab_size),
     )  # fmt: skip
-    return Survey(model, sliced, whole, tuple(gathered), max(whole_nbytes.values()))
+    return Survey(model, sliced, called, whole, tuple(gathered), max(whole_nbytes.values()) + called_nbytes)
 
 
 def cache_nbytes(module: nn.Module, rows: int, context: int, dtype: torch.dtype) -> int:

@@ -105,13 +105,12 @@ class Offload:
         parts = parts_of(module, found)
         used = dict.fromkeys(part for part, _ in places(module, found).values())
         store = as_store(weights, {part: parts[part] for part in used})
-        survey = survey_blocks(
-            module, found, store, dtype=dtype, tokens=tokens, context=context, whole_blocks=whole_blocks
-        )
+        survey = survey_blocks(module, found, store, dtype=dtype, context=context, whole_blocks=whole_blocks)
         computed = computed_buffers(module, buffers)
         self.plan = self._decide(store, survey, memory, rows, context, tokens, cache, device_memory, runtime)
         self._running: list[nn.Module] = []  # the module, and those within it that have blocks, as they call each other
-        self._next = 0
+        self._next = 0  # the block that has to be called next
+        self._inside: int | None = None  # the block that is running
         self._binding = ExitStack()
         self._opened = ExitStack()
         try:
@@ -170,7 +169,7 @@ class Offload:
             micro_batch=tokens,
             cache_nbytes=caches,
             cache_part_nbytes=caches,  # they are the module's own: they cannot go to disk
-            transient=survey.whole_nbytes + alone,
+            transient=survey.whole_nbytes + alone + getattr(store, "transient_nbytes", 0),
             device_memory=0 if device_memory is None else parse_bytes(device_memory),
         )
         streamed = [unit for unit in model.units if unit not in decided.resident_units | decided.device_units]
@@ -238,10 +237,14 @@ class Offload:
         self._next = i + 1
         if self._progress is not None:
             self._progress("pass", i, len(self._modules))
+        self._inside = i
         self._binding = self._weights.bind_block(f"mid.{i:05d}")
         self._block_start, self._block_waited = time.perf_counter(), self._weights.waited
 
     def _after(self, i: int, *_: Any) -> None:
+        if self._inside != i:  # it was refused
+            return
+        self._inside = None
         self._binding.close()
         self.stats.seconds_computing += (
             time.perf_counter() - self._block_start - (self._weights.waited - self._block_waited)

@@ -1,0 +1,405 @@
+"""Modules that know nothing of parts: found, bound, streamed in whatever order they compute, and given back."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm_partial_run import BudgetError, _kinds, _units, layout_from_module, offload
+
+VOCAB, HIDDEN, LAYERS = 96, 32, 12
+
+
+class Block(nn.Module):
+    """Registers its matrices in another order than it calls them in, and has one that is no Linear's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Linear(2 * HIDDEN, HIDDEN)
+        self.up = nn.Linear(HIDDEN, 2 * HIDDEN)
+        self.experts = nn.Parameter(torch.empty(3, HIDDEN, HIDDEN))
+        self.norm = nn.LayerNorm(HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.down(torch.relu(self.up(self.norm(x))))
+        return x + torch.einsum("btd,eod->bto", x, self.experts) / 8
+
+
+class Scaled(nn.Embedding):
+    """An embedding with a forward, and a buffer, of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(VOCAB, HIDDEN)
+        self.scale = nn.Buffer(torch.empty(()), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if hasattr(self, "scale"):
+            self.scale.fill_(HIDDEN**0.5)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.scale
+
+
+class Model(nn.Module):
+    def __init__(self, layers: int = LAYERS) -> None:
+        super().__init__()
+        self.embed = Scaled()
+        self.after = nn.Linear(HIDDEN, HIDDEN, bias=False)  # registered before the blocks, called after them
+        self.blocks = nn.ModuleList(Block() for _ in range(layers))
+        self.head = nn.Linear(HIDDEN, VOCAB, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.after(x))
+
+
+def on_meta(kind=Model) -> nn.Module:
+    with torch.device("meta"):
+        return kind().eval()
+
+
+def weights_of(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint of the model holds, by part: each tensor once, where it is tied."""
+    layout = layout_from_module(model)
+    weights: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in model.state_dict().items():
+        for part, name in layout(key, {}):
+            weights.setdefault(part, {})[name] = tensor
+    return weights
+
+
+class Case:
+    def __init__(self, path, store_of, kind=Model) -> None:
+        torch.manual_seed(0)
+        self.kind, self.resident = kind, kind().eval().requires_grad_(False)
+        for parameter in self.resident.parameters():
+            nn.init.normal_(parameter, std=0.2)
+        self.weights = weights_of(self.resident)
+        self.store = store_of(path, self.weights)
+
+    def offload(self, memory="1GiB", module=None, **changes):
+        budget = dict(rows=2, context=8, runtime=0) | changes
+        return offload(on_meta(self.kind) if module is None else module, self.store, memory=memory, **budget)
+
+    def smallest(self, **changes) -> int:
+        with pytest.raises(BudgetError) as refused:
+            self.offload(1, **changes)
+        return refused.value.smallest
+
+
+@pytest.fixture
+def case(tmp_path, file_store, monkeypatch):
+    monkeypatch.setattr(_units, "SLICE", 2048)  # several slices a matrix
+    monkeypatch.setattr(_kinds, "SMALL", 0)
+    found = Case(tmp_path / "weights", file_store)
+    yield found
+    found.store.close()
+
+
+IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+
+
+def test_every_budget_gives_the_numbers_of_the_resident_module_and_the_same_bits(case):
+    least, outputs, streamed = case.smallest(), [], set()
+    for memory in (*range(least, least + 500_000, 60_000), 10**9):
+        with case.offload(memory) as run:
+            assert run.plan.used <= memory
+            streamed.add(run.plan.streamed)
+            outputs += [run.module(IDS), run.module(IDS), run.module(IDS[:, :1])]
+    assert len(streamed) > 5
+    assert 0 in streamed
+    torch.testing.assert_close(outputs[0], case.resident(IDS), atol=2e-5, rtol=0)
+    for output in outputs[3:]:
+        assert any(torch.equal(output, first) for first in outputs[:3])
+
+
+def test_the_order_of_the_first_pass_is_read_ahead_in_the_next(case, recwarn):
+    with case.offload(case.smallest()) as run:
+        read = []
+        for _ in range(3):
+            before = run.stats.bytes_read
+            run.module(IDS)
+            read.append(run.stats.bytes_read - before)
+        looked_up = read[1] - run.plan.streamed
+        assert 0 < looked_up <= IDS.unique().numel() * HIDDEN * 4
+        assert read[0] > read[1] == read[2]
+    assert not recwarn.list
+
+
+def test_rows_of_an_embedding_are_looked_up_and_its_tied_head_computes_with_all(case):
+    with case.offload(case.smallest()) as run:
+        assert ("end", "head.weight") in {(unit.part, unit.name) for unit in run._weights._model.units}
+        assert torch.equal(run.module.embed(IDS), case.resident.embed(IDS))
+        with pytest.raises(RuntimeError, match=r"embed.weight is offloaded, and T needs it"):
+            torch.ones(1, HIDDEN) @ run.module.embed.weight.T
+
+
+def test_a_matrix_looks_like_itself_while_it_is_away(case):
+    with case.offload(case.smallest(), dtype=torch.bfloat16) as run:
+        for name, parameter in run.module.named_parameters():
+            assert (parameter.device.type, parameter.dtype) == ("cpu", torch.bfloat16), name
+            assert parameter.shape == case.resident.get_parameter(name).shape
+        assert run.module(IDS).dtype == torch.bfloat16
+
+
+def test_whole_blocks_serve_blocks_that_compute_in_ways_of_their_own(tmp_path, file_store):
+    class Strange(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + F.linear(torch.relu(F.linear(self.norm(x), self.up.weight)), self.down.weight * 2)
+
+    class StrangeModel(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Strange() for _ in range(LAYERS))
+
+    case = Case(tmp_path / "weights", file_store, StrangeModel)
+    with case.offload() as run, pytest.raises(RuntimeError, match=r"up.weight is offloaded, and linear needs it"):
+        run.module(IDS)
+    for memory in (case.smallest(whole_blocks=True), "1GiB"):
+        with case.offload(memory, whole_blocks=True) as run:
+            torch.testing.assert_close(run.module(IDS), case.resident(IDS), atol=2e-5, rtol=0)
+    case.store.close()
+
+
+@pytest.mark.parametrize("error", [None, KeyError, KeyboardInterrupt])
+def test_closing_gives_the_module_its_own_state_back_and_leaves_no_thread_or_file(case, error):
+    module = on_meta()
+    before = {name: id(p) for name, p in module.state_dict(keep_vars=True).items()}
+    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    def work():
+        with case.offload(case.smallest(), module) as run:
+            module(IDS)
+            assert threading.active_count() > threads
+            assert module.embed.scale.item() == pytest.approx(HIDDEN**0.5)
+            if error is not None:
+                handle = module.blocks[5].norm.register_forward_hook(fail)
+                try:
+                    module(IDS)
+                finally:
+                    handle.remove()
+            run.close()
+
+    def fail(*_):
+        raise error("in the middle of a pass")
+
+    if error is None:
+        work()
+    else:
+        with pytest.raises(error, match="in the middle"):
+            work()
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) == files
+    assert {name: id(p) for name, p in module.state_dict(keep_vars=True).items()} == before
+    assert module.embed.scale.is_meta
+    for child in module.modules():
+        assert "forward" not in vars(child)
+        assert not child._forward_hooks
+        assert not child._forward_pre_hooks
+    with case.offload(module=module):  # and it serves again
+        torch.testing.assert_close(module(IDS), case.resident(IDS), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_pass_left_in_the_middle_is_started_over(case, error):
+    with case.offload(case.smallest()) as run:
+        expected = run.module(IDS)
+
+        def fail(*_):
+            raise error
+
+        handle = run.module.blocks[7].up.register_forward_pre_hook(fail)
+        with pytest.raises(error):
+            run.module(IDS)
+        handle.remove()
+        assert torch.equal(run.module(IDS), expected)
+        assert run.stats.passes == 2
+
+
+def test_a_read_error_surfaces_as_itself_and_the_next_pass_is_right(case):
+    with case.offload(case.smallest()) as run:
+        expected = run.module(IDS)
+        case.store.fail_after = case.store.reads + 4
+        with pytest.raises(OSError, match="the disk is gone"):
+            run.module(IDS)
+        case.store.fail_after = None
+        assert torch.equal(run.module(IDS), expected)
+
+
+def test_a_read_error_while_loading_leaves_the_module_as_it_was(case):
+    module, threads = on_meta(), threading.active_count()
+    case.store.fail_after = 40
+    with pytest.raises(OSError, match="the disk is gone"):
+        case.offload(module=module)
+    assert all(type(parameter) is nn.Parameter and parameter.is_meta for parameter in module.parameters())
+    assert threading.active_count() == threads
+
+
+def test_the_inner_module_and_fewer_blocks_may_be_called_alone(case):
+    with case.offload(case.smallest()) as run:
+        expected = run.module(IDS)
+        every, run.module.blocks = run.module.blocks, nn.ModuleList(list(run.module.blocks)[:5])
+        with pytest.warns(UserWarning, match=r"after.weight\[0:16\] was asked for when it was not its turn"):
+            early = run.module(IDS)  # as an early exit does
+        run.module.blocks = every
+        assert not torch.equal(early, expected)
+        assert torch.equal(run.module(IDS), expected)
+
+
+class Twice(Model):
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(block(x))
+        return x
+
+
+class Backwards(Model):
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in reversed(self.blocks):
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("memory", ["smallest", "1GiB"])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Twice, r"blocks.0 was called a second time in one pass"),
+        (Backwards, r"blocks.11 was called where blocks.0 is next.*Give blocks="),
+    ],
+)
+def test_blocks_called_twice_or_out_of_order_are_refused(case, kind, message, memory):
+    case.kind = kind
+    with case.offload(case.smallest() if memory == "smallest" else memory) as run:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=message):
+                run.module(IDS)
+
+
+def test_an_order_that_is_given_is_followed(tmp_path, file_store):
+    module = on_meta(Backwards)
+    case = Case(tmp_path / "weights", file_store, Backwards)
+    layout = layout_from_module(module, blocks=list(reversed(module.blocks)))
+    assert layout("blocks.11.up.weight", {}) == [("mid.00000", "up.weight")]
+    case.store = file_store(
+        tmp_path / "reversed",
+        {part: {} for part in case.weights}
+        | {
+            part: {name: t for key, t in case.resident.state_dict().items() for p, name in layout(key, {}) if p == part}
+            for part in case.weights
+        },
+    )
+    with case.offload(module=module, blocks=list(reversed(module.blocks))):
+        torch.testing.assert_close(module(IDS), case.resident(IDS), atol=2e-5, rtol=0)
+
+
+def test_training_and_gradients_are_refused(case):
+    module = on_meta()
+    with pytest.raises(ValueError, match=r"training mode.*call its eval\(\)"):
+        case.offload(module=module.train())
+    with case.offload(module=module.eval()):
+        module.train()
+        with pytest.raises(ValueError, match="training mode"):
+            module(IDS)
+        module.eval()
+        x = torch.zeros(1, 2, HIDDEN, requires_grad=True)
+        with pytest.raises(RuntimeError, match=r"requires gradients.*torch.no_grad"):
+            module.blocks[0](x)
+        with torch.no_grad():
+            module.blocks[0](x)
+        assert not module(IDS).requires_grad
+
+
+def test_a_module_that_does_not_fit_the_weights_is_named(case):
+    case.store._at["mid.00003", "up.weight"] = case.store._at["mid.00003", "down.weight"]
+    with pytest.raises(
+        ValueError, match=r"mid.00003: up.weight is \[32, 64\] in the weights and \[64, 32\] in the module"
+    ):
+        case.offload()
+    del case.store._at["mid.00003", "up.weight"]
+    with pytest.raises(ValueError, match=r"mid.00003: the weights have no 'up.weight'"):
+        case.offload()
+
+
+def test_a_module_without_blocks_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"Linear has no sequence of blocks.*give blocks="):
+        layout_from_module(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"blocks='layers' is no list of modules in Model; there are \['blocks'\]"):
+        layout_from_module(on_meta(), blocks="layers")
+    with pytest.raises(ValueError, match=r"blocks= has a Linear that is no child of Model"):
+        layout_from_module(on_meta(), blocks=[nn.Linear(2, 2)])
+    shared = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"0 is in the sequence of blocks more than once"):
+        layout_from_module(nn.Sequential(shared, shared))
+
+
+def test_a_buffer_that_nothing_computes_is_refused_unless_it_is_given(case):
+    class Forgetful(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed.shift = nn.Buffer(torch.empty(2), persistent=False)
+
+    case.kind = Forgetful
+    with pytest.raises(ValueError, match=r"buffer embed.shift is on meta.*give buffers="):
+        case.offload()
+    with case.offload(buffers={"embed.shift": torch.ones(2)}) as run:
+        assert run.module.embed.shift.tolist() == [1, 1]
+    with pytest.raises(ValueError, match=r"buffers= has 'shift', which is no buffer"):
+        case.offload(buffers={"shift": torch.ones(2)})
+
+
+def test_computing_a_buffer_leaves_weights_in_memory_alone(case):
+    module = Model().eval()
+    module.embed.scale = nn.Buffer(torch.empty((), device="meta"), persistent=False)
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    with case.offload(module=module):
+        torch.testing.assert_close(module(IDS), case.resident(IDS), atol=2e-5, rtol=0)
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
+def test_more_tokens_than_planned_are_refused(case):
+    with (
+        case.offload(tokens=9) as run,
+        pytest.raises(ValueError, match=r"10 tokens in one call are more than the 9.*tokens="),
+    ):
+        run.module(IDS)
+
+
+def test_a_module_is_offloaded_once_at_a_time(case):
+    module = on_meta()
+    with case.offload(module=module), pytest.raises(ValueError, match="offloaded already"):
+        case.offload(module=module)
+
+
+def test_a_plain_load_callable_is_enough(case):
+    with offload(on_meta(), case.weights.__getitem__, memory="1GiB", rows=2, context=8) as run:
+        torch.testing.assert_close(run.module(IDS), case.resident(IDS), atol=2e-5, rtol=0)
+
+
+def test_device_memory_comes_first_and_gives_the_same_bits(case):
+    with case.offload() as run:
+        expected = run.module(IDS)
+    with case.offload(160_000, device_memory=200_000) as run:
+        assert min(run.plan.device, run.plan.host, run.plan.streamed) > 0
+        for _ in range(3):
+            assert torch.equal(run.module(IDS), expected)
+
+
+def test_progress_is_told_while_loading_and_in_each_pass(case):
+    told = []
+    with case.offload(progress=lambda *report: told.append(report)) as run:
+        run.module(IDS)
+    assert ("loading", run.plan.resident, run.plan.resident) in told
+    assert told[-1] == ("pass", LAYERS, LAYERS)

@@ -1,0 +1,308 @@
+"""Models of transformers under a memory budget: the same tokens as without one, through checkpoints as they are saved."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+import llm_partial_run
+import llm_sepweight
+from llm_partial_run import _kinds, _units
+
+hf.logging.set_verbosity_error()
+hf.logging.disable_progress_bar()
+
+VOCAB: dict[str, Any] = dict(vocab_size=96)
+SIZES: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, **VOCAB)
+LLAMA: dict[str, Any] = dict(intermediate_size=48, num_key_value_heads=2, max_position_embeddings=64, **SIZES)
+GPT: dict[str, Any] = dict(n_embd=32, n_layer=4, n_head=4, n_positions=64, **VOCAB)
+MOE: dict[str, Any] = dict(num_experts_per_tok=2, experts_implementation="eager", **LLAMA)
+WINDOWS = dict(sliding_window=5, layer_types=["sliding_attention", "full_attention"] * 2)
+YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)
+CONFIGS = {
+    "llama": hf.LlamaConfig(**LLAMA),
+    "llama tied": hf.LlamaConfig(**LLAMA, tie_word_embeddings=True),
+    "llama yarn": hf.LlamaConfig(**LLAMA, rope_parameters=YARN),
+    "mistral": hf.MistralConfig(**LLAMA, sliding_window=5),
+    "gpt2": hf.GPT2Config(**GPT),
+    "gptj": hf.GPTJConfig(**GPT, rotary_dim=4),
+    "bloom": hf.BloomConfig(hidden_size=32, n_layer=4, n_head=4, **VOCAB),
+    "gpt neox": hf.GPTNeoXConfig(**SIZES, intermediate_size=48, max_position_embeddings=64),
+    "opt": hf.OPTConfig(**SIZES, ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=32),
+    "opt projected": hf.OPTConfig(
+        **SIZES, ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=16, do_layer_norm_before=False
+    ),
+    "phi": hf.PhiConfig(**SIZES, intermediate_size=48, max_position_embeddings=64),
+    "phi3": hf.Phi3Config(**LLAMA, pad_token_id=0),
+    "gemma": hf.GemmaConfig(**LLAMA, head_dim=8),
+    "gemma2": hf.Gemma2Config(**LLAMA, head_dim=8, **WINDOWS),
+    "gemma3": hf.Gemma3TextConfig(**LLAMA, head_dim=8, **WINDOWS),
+    "stablelm": hf.StableLmConfig(**LLAMA),
+    "stablelm parallel": hf.StableLmConfig(**LLAMA, use_parallel_residual=True, qk_layernorm=True),
+    "mpt": hf.MptConfig(d_model=32, n_heads=4, n_layers=4, max_seq_len=64, expansion_ratio=2, use_cache=True, **VOCAB),
+    "falcon 7b": hf.FalconConfig(**SIZES),
+    "falcon 40b": hf.FalconConfig(**SIZES, num_kv_heads=2, new_decoder_architecture=True),
+    "falcon rw": hf.FalconConfig(**SIZES, alibi=True, bias=True, multi_query=False, parallel_attn=False),
+    "qwen2": hf.Qwen2Config(**LLAMA),
+    "qwen3": hf.Qwen3Config(**LLAMA, head_dim=16),
+    "mixtral": hf.MixtralConfig(**MOE, num_local_experts=4),
+    "qwen3 moe": hf.Qwen3MoeConfig(**MOE, num_experts=4, moe_intermediate_size=24, head_dim=8),
+}
+BUDGET: dict[str, Any] = dict(rows=2, context=40, runtime=0)
+PROMPTS = torch.tensor([[0, 0, 6, 5, 3], [3, 1, 4, 1, 5]])  # the first padded on the left
+MASK = (torch.arange(5) >= torch.tensor([[2], [0]])).long()
+GENERATE: dict[str, Any] = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
+
+
+@pytest.fixture(autouse=True)
+def small_slices(monkeypatch):
+    """Several slices a matrix, and nothing too small to be streamed, as in a model of real size."""
+    monkeypatch.setattr(_units, "SLICE", 2048)
+    monkeypatch.setattr(_kinds, "SMALL", 512)
+
+
+def save(config, path, dtype=torch.float32):
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(params=CONFIGS)
+def checkpoint(request, tmp_path):
+    return save(CONFIGS[request.param], tmp_path)
+
+
+def on_meta(path, kind: Any = AutoModelForCausalLM) -> Any:
+    with torch.device("meta"):
+        return kind.from_config(AutoConfig.from_pretrained(path)).eval()
+
+
+def resident(path, kind: Any = AutoModelForCausalLM) -> Any:
+    return kind.from_pretrained(path).eval()
+
+
+def offloaded(path, model, memory: Any = "1GiB", **changes):
+    weights = llm_sepweight.open(path, layout=llm_partial_run.layout_from_module(model))
+    return llm_partial_run.offload(model, weights, memory=memory, **(BUDGET | changes))
+
+
+def smallest(path, model, **changes):
+    with pytest.raises(llm_partial_run.BudgetError) as refused:
+        offloaded(path, model, memory=1, **changes)
+    return refused.value.smallest
+
+
+def logits(model, **inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def test_tokens_are_those_without_offloading_and_streamed_logits_are_the_resident_bits(checkpoint):
+    theirs, model = resident(checkpoint), on_meta(checkpoint)
+    expected = theirs.generate(PROMPTS, attention_mask=MASK, max_new_tokens=8, **GENERATE)
+    expected_logits = logits(theirs, input_ids=PROMPTS, attention_mask=MASK)
+    least, streamed, results = smallest(checkpoint, model), [], []
+    for memory in (least, least + 15_000, "1GiB"):
+        with offloaded(checkpoint, model, memory) as run:
+            streamed.append(run.plan.streamed)
+            tokens = model.generate(PROMPTS, attention_mask=MASK, max_new_tokens=8, **GENERATE)
+            assert torch.equal(tokens, expected)
+            results.append([logits(model, input_ids=PROMPTS[:, :n]) for n in (5, 1)])
+            ours = logits(model, input_ids=PROMPTS, attention_mask=MASK)
+            torch.testing.assert_close(ours, expected_logits, atol=2e-5, rtol=0)
+    assert streamed[0] > streamed[1] > streamed[2] == 0
+    for first, *rest in zip(*results, strict=True):
+        assert all(torch.equal(first, other) for other in rest)
+
+
+def test_assisted_decoding_is_unchanged(checkpoint):
+    theirs, model = resident(checkpoint), on_meta(checkpoint)
+    prompt = torch.tensor([[3, 1, 4, 3, 1, 4, 3, 1]])
+    expected = theirs.generate(prompt, max_new_tokens=8, **GENERATE)
+    with offloaded(checkpoint, model, smallest(checkpoint, model)) as run:
+        by_lookup = model.generate(prompt, max_new_tokens=8, prompt_lookup_num_tokens=3, **GENERATE)
+        passes = run.stats.passes
+        by_draft = model.generate(prompt, max_new_tokens=8, assistant_model=theirs, **GENERATE)
+        assert run.stats.passes - passes < 8  # drafts were verified several at a time
+    assert torch.equal(by_lookup, expected)
+    assert torch.equal(by_draft, expected)
+
+
+def test_the_plan_counts_the_keys_and_values_that_the_model_keeps(checkpoint):
+    theirs = resident(checkpoint)
+    with torch.no_grad():
+        kept = theirs(torch.ones(2, 40, dtype=torch.long), use_cache=True).past_key_values
+    nbytes = sum(tensor.nbytes for layer in kept.layers for tensor in (layer.keys, layer.values))
+    counted = _kinds.cache_nbytes(on_meta(checkpoint), 2, 40, torch.float32)
+    windowed = bool(getattr(theirs.config, "sliding_window", None))
+    assert nbytes <= counted if windowed else nbytes == counted
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "falcon 40b", "gemma2", "gpt neox"])
+def test_bfloat16_is_no_farther_from_fp32_than_transformers_is(name, tmp_path):
+    path = save(CONFIGS[name], tmp_path, torch.bfloat16)
+    model, theirs = on_meta(path), resident(path)
+    exact = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    expected, truth = logits(theirs, input_ids=PROMPTS).float(), logits(exact, input_ids=PROMPTS)
+    with offloaded(path, model, smallest(path, model)):
+        assert model.dtype == torch.bfloat16
+        ours = logits(model, input_ids=PROMPTS).float()
+    assert (ours - expected).abs().mean() <= (expected - truth).abs().mean()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon 40b", "mixtral"])
+def test_whole_blocks_give_the_same_tokens(name, tmp_path):
+    path = save(CONFIGS[name], tmp_path)
+    model = on_meta(path)
+    expected = resident(path).generate(PROMPTS, max_new_tokens=8, **GENERATE)
+    with offloaded(path, model, smallest(path, model, whole_blocks=True), whole_blocks=True) as run:
+        assert run.plan.streamed
+        assert torch.equal(model.generate(PROMPTS, max_new_tokens=8, **GENERATE), expected)
+
+
+def test_beams_and_samples_are_unchanged(tmp_path):
+    path = save(CONFIGS["gpt2"], tmp_path)
+    theirs, model = resident(path), on_meta(path)
+    beams = GENERATE | dict(num_beams=3, num_return_sequences=2)
+    expected = theirs.generate(PROMPTS, max_new_tokens=6, **beams)
+    torch.manual_seed(5)
+    sampled = theirs.generate(PROMPTS, max_new_tokens=6, **(GENERATE | dict(do_sample=True)))
+    with offloaded(path, model, smallest(path, model, rows=6), rows=6):
+        assert torch.equal(model.generate(PROMPTS, max_new_tokens=6, **beams), expected)
+        torch.manual_seed(5)
+        assert torch.equal(model.generate(PROMPTS, max_new_tokens=6, **(GENERATE | dict(do_sample=True))), sampled)
+
+
+# What checkpoints call their tensors
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "opt", "llama", "gpt neox"])
+def test_keys_with_and_without_the_prefix_of_the_base_model_are_the_same(name, tmp_path):
+    path = save(CONFIGS[name], tmp_path)
+    model = on_meta(path)
+    expected = logits(resident(path), input_ids=PROMPTS)
+    prefix = model.base_model_prefix + "."
+    keys = load_file(path / "model.safetensors")
+    assert any(key.startswith(prefix) for key in keys)
+    save_file({key.removeprefix(prefix): t for key, t in keys.items()}, path / "model.safetensors")
+    with offloaded(path, model):
+        torch.testing.assert_close(logits(model, input_ids=PROMPTS), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "falcon 7b"])
+def test_a_base_model_reads_the_checkpoint_of_the_whole_one(name, tmp_path):
+    path = save(CONFIGS[name], tmp_path)
+    model = on_meta(path, AutoModel)
+    with torch.no_grad():
+        expected = resident(path, AutoModel)(PROMPTS).last_hidden_state
+        with offloaded(path, model, smallest(path, model)):
+            torch.testing.assert_close(model(PROMPTS).last_hidden_state, expected, atol=2e-5, rtol=0)
+
+
+def test_a_tied_head_that_is_stored_all_the_same_and_old_buffers_are_dropped(tmp_path):
+    path = save(CONFIGS["gpt2"], tmp_path)
+    model = on_meta(path)
+    expected = logits(resident(path), input_ids=PROMPTS)
+    keys = load_file(path / "model.safetensors")
+    extra = {
+        "lm_head.weight": keys["transformer.wte.weight"].clone(),
+        "transformer.h.0.attn.masked_bias": torch.ones(1),
+    }
+    save_file(keys | extra, path / "model.safetensors")
+    with offloaded(path, model):
+        torch.testing.assert_close(logits(model, input_ids=PROMPTS), expected, atol=2e-5, rtol=0)
+
+
+def test_every_key_that_is_saved_has_a_place_and_every_tensor_a_key(checkpoint):
+    model = on_meta(checkpoint)
+    weights = llm_sepweight.open(checkpoint, layout=llm_partial_run.layout_from_module(model))
+    with weights:
+        found = {(part, name) for part in weights.parts for name in weights.tensors(part)}
+        layout = llm_partial_run.layout_from_module(model)
+        assert all(layout(key, {}) for key in load_file(checkpoint / "model.safetensors"))
+    needed = {place for key in model.state_dict() for place in [_place(model, key)]}
+    assert found == needed
+
+
+def _place(model, key):
+    from llm_partial_run._blocks import find_blocks, places
+
+    return places(model, find_blocks(model))[key]
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(5, 32), torch.zeros(32, 32, dtype=torch.int8)])
+def test_a_tensor_of_the_wrong_shape_or_dtype_is_named(tmp_path, wrong):
+    path = save(CONFIGS["llama"], tmp_path)
+    keys = load_file(path / "model.safetensors")
+    save_file(keys | {"model.layers.2.self_attn.o_proj.weight": wrong}, path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"mid.00002: self_attn.o_proj.weight"):
+        offloaded(path, on_meta(path))
+
+
+def test_a_missing_expert_is_named(tmp_path):
+    path = save(CONFIGS["mixtral"], tmp_path)
+    keys = load_file(path / "model.safetensors")
+    del keys["model.layers.2.block_sparse_moe.experts.1.w2.weight"]
+    save_file(keys, path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"slices are missing.*mid.00002.*mlp.experts.down_proj"):
+        offloaded(path, on_meta(path))
+
+
+# Memory
+
+PROGRAM = """
+import sys, torch, llm_partial_run, llm_sepweight
+from transformers import AutoConfig, AutoModelForCausalLM
+path, more = sys.argv[1], int(sys.argv[2])
+with torch.device("meta"):
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).eval()
+weights = llm_sepweight.open(path, layout=llm_partial_run.layout_from_module(model))
+budget = dict(rows=2, context=192)
+try:
+    llm_partial_run.offload(model, weights, memory=1, **budget)
+except llm_partial_run.BudgetError as error:
+    memory = error.smallest + more
+with llm_partial_run.offload(model, weights, memory=memory, **budget) as run:
+    prompts = torch.randint(0, 4096, (2, 180))
+    model(prompts)
+    model.generate(prompts, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+print(memory, llm_partial_run.peak_resident_set(), run.plan.streamed, run.plan.resident)
+"""
+
+
+@pytest.mark.parametrize(
+    ("config", "more"),
+    [
+        (hf.LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=6, num_attention_heads=8,
+                        num_key_value_heads=8, vocab_size=4096), 64 << 20),
+        (hf.GPT2Config(n_embd=1024, n_layer=6, n_head=8, vocab_size=4096), 0),
+    ],
+    ids=["llama", "gpt2"],
+)  # fmt: skip
+def test_the_process_stays_within_its_memory(config, more, tmp_path):
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, tmp_path, str(more)], capture_output=True, text=True, timeout=170
+    )
+    assert done.returncode == 0, done.stderr
+    memory, peak, streamed, resident_bytes = map(int, done.stdout.split())
+    assert streamed > resident_bytes > 0
+    assert peak <= memory, f"{peak - memory} bytes over"
+
+
+def test_the_config_that_is_saved_is_read_as_it_is(tmp_path):
+    path = save(CONFIGS["gpt2"], tmp_path)
+    weights = llm_sepweight.open(path, layout=llm_partial_run.layout_from_module(on_meta(path)))
+    with weights:
+        assert weights.config == json.loads((path / "config.json").read_text())
