@@ -25,7 +25,7 @@ SIZES: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=4, num_attention_
 LLAMA: dict[str, Any] = dict(intermediate_size=48, num_key_value_heads=2, max_position_embeddings=64, **SIZES)
 GPT: dict[str, Any] = dict(n_embd=32, n_layer=4, n_head=4, n_positions=64, **VOCAB)
 MOE: dict[str, Any] = dict(num_experts_per_tok=2, experts_implementation="eager", **LLAMA)
-WINDOWS = dict(sliding_window=5, layer_types=["sliding_attention", "full_attention"] * 2)
+WINDOWS: dict[str, Any] = dict(sliding_window=5, layer_types=["sliding_attention", "full_attention"] * 2)
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)
 CONFIGS = {
     "llama": hf.LlamaConfig(**LLAMA),
@@ -54,7 +54,7 @@ CONFIGS = {
     "qwen2": hf.Qwen2Config(**LLAMA),
     "qwen3": hf.Qwen3Config(**LLAMA, head_dim=16),
     "mixtral": hf.MixtralConfig(**MOE, num_local_experts=4),
-    "qwen3 moe": hf.Qwen3MoeConfig(**MOE, num_experts=4, moe_intermediate_size=24, head_dim=8),
+    "qwen3 moe": hf.Qwen3MoeConfig(**MOE | dict(num_experts=4, moe_intermediate_size=24, head_dim=8)),
 }
 BUDGET: dict[str, Any] = dict(rows=2, context=40, runtime=0)
 PROMPTS = torch.tensor([[0, 0, 6, 5, 3], [3, 1, 4, 1, 5]])  # the first padded on the left
@@ -261,8 +261,8 @@ def test_a_missing_expert_is_named(tmp_path):
 
 # Memory
 
-PROGRAM = """
-import sys, torch, llm_partial_run, llm_sepweight
+PROGRAM = r"""
+import re, sys, torch, llm_partial_run, llm_sepweight
 from transformers import AutoConfig, AutoModelForCausalLM
 path, more = sys.argv[1], int(sys.argv[2])
 with torch.device("meta"):
@@ -277,7 +277,8 @@ with llm_partial_run.offload(model, weights, memory=memory, **budget) as run:
     prompts = torch.randint(0, 4096, (2, 180))
     model(prompts)
     model.generate(prompts, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
-print(memory, llm_partial_run.peak_resident_set(), run.plan.streamed, run.plan.resident)
+peak = re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]  # not that of whoever started it
+print(memory, int(peak) * 1024, run.plan.streamed, run.plan.resident)
 """
 
 
@@ -287,8 +288,20 @@ print(memory, llm_partial_run.peak_resident_set(), run.plan.streamed, run.plan.r
         (hf.LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=6, num_attention_heads=8,
                         num_key_value_heads=8, vocab_size=4096), 64 << 20),
         (hf.GPT2Config(n_embd=1024, n_layer=6, n_head=8, vocab_size=4096), 0),
+        (
+            hf.MixtralConfig(
+                hidden_size=512,
+                intermediate_size=1024,
+                num_hidden_layers=6,
+                num_attention_heads=8,
+                num_key_value_heads=8,
+                num_local_experts=8,
+                vocab_size=4096,
+            ),
+            20 << 20,
+        ),
     ],
-    ids=["llama", "gpt2"],
+    ids=["llama", "gpt2", "mixtral"],
 )  # fmt: skip
 def test_the_process_stays_within_its_memory(config, more, tmp_path):
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)

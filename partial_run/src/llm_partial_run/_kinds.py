@@ -99,7 +99,7 @@ def survey_blocks(
         elif in_block and ((len(info.shape) > 1 and nbytes > SMALL) or tuple(info.shape) != tuple(tensor.shape)):
             whole[part, name] = tuple(tensor.shape)
             whole_nbytes[part] += nbytes
-            widths[part] += sum(tensor.shape[-2:])
+            widths[part] += sum(tensor.shape[-2:]) * (_routed(module) if tensor.dim() > 2 else 1)
         else:
             kept.append((part, name))
             kept_nbytes += nbytes
@@ -134,6 +134,11 @@ def _scores(module: nn.Module, context: int) -> int:
     config = _text_config(module)
     eager = getattr(config, "_attn_implementation", None) == "eager"
     return 3 * context * config.num_attention_heads if eager and hasattr(config, "num_attention_heads") else 0
+
+
+def _routed(module: nn.Module) -> int:
+    """How often a token's width comes where a stack of experts computes: permuted, in fp32, and once for each it goes to."""
+    return 4 * (getattr(_text_config(module), "num_experts_per_tok", None) or 1)
 
 
 def _text_config(module: nn.Module) -> Any:
