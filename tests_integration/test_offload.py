@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,9 +162,14 @@ def test_bfloat16_is_no_farther_from_fp32_than_transformers_is(name, tmp_path):
     assert (ours - expected).abs().mean() <= (expected - truth).abs().mean()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon 40b", "mixtral"])
-def test_whole_blocks_give_the_same_tokens(name, tmp_path):
-    path = save(CONFIGS[name], tmp_path)
+MAMBA = hf.MambaConfig(
+    hidden_size=32, num_hidden_layers=4, state_size=4, **VOCAB
+)  # computes with a Linear's weight itself
+
+
+@pytest.mark.parametrize("config", [*(CONFIGS[name] for name in ("llama", "gpt2", "falcon 40b", "mixtral")), MAMBA])
+def test_whole_blocks_give_the_same_tokens(config, tmp_path):
+    path = save(config, tmp_path)
     model = on_meta(path)
     expected = resident(path).generate(PROMPTS, max_new_tokens=8, **GENERATE)
     with offloaded(path, model, smallest(path, model, whole_blocks=True), whole_blocks=True) as run:
@@ -182,6 +188,39 @@ def test_beams_and_samples_are_unchanged(tmp_path):
         assert torch.equal(model.generate(PROMPTS, max_new_tokens=6, **beams), expected)
         torch.manual_seed(5)
         assert torch.equal(model.generate(PROMPTS, max_new_tokens=6, **(GENERATE | dict(do_sample=True))), sampled)
+
+
+def test_of_an_encoder_and_a_decoder_the_larger_is_streamed_and_the_other_serves_as_it_is(tmp_path):
+    config = hf.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=4, num_heads=4, decoder_start_token_id=0, **VOCAB)
+    theirs: Any = hf.AutoModelForSeq2SeqLM.from_config(config).eval()
+    theirs.save_pretrained(tmp_path)
+    model = on_meta(tmp_path, hf.AutoModelForSeq2SeqLM)
+    expected = theirs.generate(PROMPTS, max_new_tokens=8, do_sample=False)
+    with offloaded(tmp_path, model, smallest(tmp_path, model)) as run:
+        assert run.blocks[0] == "decoder.block.0"
+        assert torch.equal(model.generate(PROMPTS, max_new_tokens=8, do_sample=False), expected)
+        with pytest.warns(UserWarning, match=r"encoder.*was asked for when it was not its turn"):
+            again = model.generate(PROMPTS, max_new_tokens=8, do_sample=False)
+        assert torch.equal(again, expected)
+
+
+def test_blocks_that_share_their_weights_are_refused(tmp_path):
+    config = hf.AlbertConfig(**SIZES, embedding_size=16, intermediate_size=48)
+    with torch.device("meta"):
+        model = hf.AutoModelForMaskedLM.from_config(config).eval()
+    with pytest.raises(ValueError, match="no sequence of blocks"):
+        llm_partial_run.layout_from_module(model)
+
+
+def test_the_program_in_the_readme_runs(tmp_path):
+    readme = (Path(__file__).parent.parent / "partial_run/README.md").read_text()
+    (program,) = [block for block in readme.split("```")[1::2] if "layout_from_module" in block]
+    names = vars(hf) | dict(
+        torch=torch, llm_sepweight=llm_sepweight, llm_partial_run=llm_partial_run,
+        model_dir=save(CONFIGS["gpt2"], tmp_path), input_ids=PROMPTS,
+    )  # fmt: skip
+    exec(program, names)
+    assert names["run"].stats.passes == 32
 
 
 # What checkpoints call their tensors

@@ -167,6 +167,8 @@ def _check(key: str, tensor: torch.Tensor, part: str, name: str, parts: Mapping[
             f"{part}: {name} is {list(info.shape)} in the weights and {list(tensor.shape)} in the module. "
             "Do module and checkpoint belong together?"
         )
+    if not info.shape:
+        raise ValueError(f"{part}: {name} is a single number with no dimension, which cannot be read by rows")
     if info.dtype.is_floating_point != tensor.dtype.is_floating_point:
         raise ValueError(
             f"{part}: {name} is stored as {info.dtype}, the module computes in floating point: "
