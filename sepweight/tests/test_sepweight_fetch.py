@@ -57,6 +57,8 @@ def test_a_node_gets_its_layers_and_nothing_else(split, serve, tmp_path, expecte
             assert torch.equal(weights.load("mid.00002")[name], tensor)
     asked_for = {request.name for request in server.requests}
     assert asked_for == own | small | {"sepweight.json"}
+    ranges = [request for request in server.requests if request.headers.get("Range", "bytes=0-7") != "bytes=0-7"]
+    assert all("If-Range" in request.headers for request in ranges)
     needed = sum((split / name).stat().st_size for name in asked_for)
     assert server.sent == needed + HEADER_START * len(own)
 

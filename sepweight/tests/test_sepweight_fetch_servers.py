@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx2
 import pytest
 
 import llm_sepweight
@@ -334,6 +335,18 @@ def test_a_redirect_is_followed_and_what_was_meant_for_one_server_not_told_to_an
     assert all(request.headers["Authorization"] == "Bearer secret" for request in server.requests)
     assert all(request.path.endswith("?download=1") for request in server.requests)
     assert not any("Authorization" in request.headers for request in other.requests)
+
+
+def test_a_redirect_from_https_to_http_is_refused(monkeypatch, tmp_path):
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        if request.url.scheme == "https":
+            return httpx2.Response(302, headers={"Location": "http://127.0.0.1/model"})
+        return httpx2.Response(404)
+
+    client = httpx2.Client(transport=httpx2.MockTransport(answer), follow_redirects=True)
+    monkeypatch.setattr(httpx2, "Client", lambda **settings: client)
+    with pytest.raises(WeightError, match="the server leads from https to http"):
+        fetch("https://127.0.0.1/model", "f", tmp_path / "node")
 
 
 def test_a_disk_without_room_is_said_before_anything_is_read(split, serve, tmp_path, monkeypatch):

@@ -197,8 +197,9 @@ def _shards(remote: Remote) -> dict[str, list[str]]:
 
 def _header(remote: Remote, file: RemoteFile) -> list[Extent]:
     where = remote.where(file.name)
-    length = header_length(file.start, file.size, where)
-    return parse_header(remote.read(file, START, length), file.size, where)
+    text = bytearray(header_length(file.start, file.size, where))
+    remote.read(file, START, memoryview(text))
+    return parse_header(bytes(text), file.size, where)
 
 
 def _gathered(
@@ -221,7 +222,7 @@ def _gathered(
 def _range(remote: Remote, part: str, file: RemoteFile, offset: int, nbytes: int) -> Piece:
     def copy(start: int, out: memoryview) -> None:
         try:
-            out[:] = remote.read(file, offset + start, len(out))
+            remote.read(file, offset + start, out)
         except WeightError as error:
             error.part = part
             raise

@@ -50,29 +50,27 @@ class HttpRemote(Remote):
             if response.status_code in (404, 410):
                 return None
             self._expect(response, 200, name)
-            return self._body(response, name, at_most=JSON_LIMIT)
+            return b"".join(self._pieces(response, name, JSON_LIMIT))
 
     def _find(self, name: str) -> RemoteFile:
         with self._answer(name, {"Range": f"bytes=0-{START - 1}"}) as response:
             size = self._range(response, name, 0, START)
-            start = self._body(response, name, at_most=START)
-        self._whole(start, START, name)
-        return RemoteFile(name, size, _version(response), start)
+            start = bytearray(START)
+            self._fill(response, name, memoryview(start))
+        return RemoteFile(name, size, _version(response), bytes(start))
 
-    def _read(self, file: RemoteFile, offset: int, nbytes: int) -> bytes:
-        headers = {"Range": f"bytes={offset}-{offset + nbytes - 1}"}
+    def _read(self, file: RemoteFile, offset: int, out: memoryview) -> None:
+        headers = {"Range": f"bytes={offset}-{offset + len(out) - 1}"}
         if file.version is not None and file.version.startswith('"'):  # a weak one cannot be asked for
             headers["If-Range"] = file.version
         with self._answer(file.name, headers) as response:
             if response.status_code in (200, 206) and _version(response) != file.version:
                 raise self._changed(file.name)
-            size = self._range(response, file.name, offset, nbytes)
+            size = self._range(response, file.name, offset, len(out))
             if size != file.size:
                 problem = f"the server gives it {size} bytes now, and gave it {file.size} before"
                 raise WeightError(problem, file=self.where(file.name), remedy="Fetch again.")
-            data = self._body(response, file.name, at_most=nbytes)
-        self._whole(data, nbytes, file.name)
-        return data
+            self._fill(response, file.name, out)
 
     @contextmanager
     def _answer(self, name: str, headers: dict[str, str]) -> Iterator[httpx2.Response]:
@@ -134,27 +132,31 @@ class HttpRemote(Remote):
             return "Pass what the server wants to know, as in headers={'Authorization': 'Bearer ...'}."
         return "Check the source's address; a file may be missing there." if status in (404, 410) else ""
 
-    def _body(self, response: httpx2.Response, name: str, *, at_most: int) -> bytes:
-        """The body, in which nothing stalls, trickles or goes on for ever."""
-        body = bytearray()
-        since, had = time.monotonic(), 0
+    def _pieces(self, response: httpx2.Response, name: str, at_most: int) -> Iterator[bytes]:
+        """The body, which may not stall, trickle or go on for ever."""
+        since, had, got = time.monotonic(), 0, 0
         for piece in response.iter_raw():
-            body += piece
-            if len(body) > at_most:
+            got += len(piece)
+            if got > at_most:
                 problem = f"the server sends more than the {at_most} bytes that there should be"
                 raise WeightError(problem, file=self.where(name))
             if self._stopped.is_set():
                 raise WeightError("stopped", file=self.where(name))
             if time.monotonic() - since > self.timeout:
-                if len(body) - had < SLOWEST * self.timeout:
-                    problem = f"the server stalls: {len(body) - had} bytes in {self.timeout:g} s"
+                if got - had < SLOWEST * self.timeout:
+                    problem = f"the server stalls: {got - had} bytes in {self.timeout:g} s"
                     raise PassingError(problem, file=self.where(name))
-                since, had = time.monotonic(), len(body)
-        return bytes(body)
+                since, had = time.monotonic(), got
+            yield piece
 
-    def _whole(self, data: bytes, nbytes: int, name: str) -> None:
-        if len(data) != nbytes:
-            problem = f"the server ends after {len(data)} of the {nbytes} bytes that it promised"
+    def _fill(self, response: httpx2.Response, name: str, out: memoryview) -> None:
+        """The body, all of it."""
+        got = 0
+        for piece in self._pieces(response, name, len(out)):
+            out[got : got + len(piece)] = piece
+            got += len(piece)
+        if got != len(out):
+            problem = f"the server ends after {got} of the {len(out)} bytes that it promised"
             raise PassingError(problem, file=self.where(name))
 
 

@@ -56,11 +56,9 @@ class Remote(ABC):
         """The file's size, version and first bytes. Raises WeightError where it is not there."""
         return self._patiently(lambda: self._find(name))
 
-    def read(self, file: RemoteFile, offset: int, nbytes: int) -> bytes:
-        """Exactly these bytes of exactly this version of a file."""
-        data = self._patiently(lambda: self._read(file, offset, nbytes))
-        assert len(data) == nbytes
-        return data
+    def read(self, file: RemoteFile, offset: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of exactly this version of a file from `offset` on."""
+        self._patiently(lambda: self._read(file, offset, out))
 
     @abstractmethod
     def still(self, file: RemoteFile) -> None:
@@ -85,7 +83,7 @@ class Remote(ABC):
     def _find(self, name: str) -> RemoteFile: ...
 
     @abstractmethod
-    def _read(self, file: RemoteFile, offset: int, nbytes: int) -> bytes: ...
+    def _read(self, file: RemoteFile, offset: int, out: memoryview) -> None: ...
 
     def _patiently(self, attempt: Callable[[], T]) -> T:
         for tries in range(1, self.retries + 2):
@@ -173,14 +171,14 @@ class FileSystemRemote(Remote):
             start = self._files.cat_file(self._path(name), start=0, end=START)
         return RemoteFile(name, size, version, start)
 
-    def _read(self, file: RemoteFile, offset: int, nbytes: int) -> bytes:
+    def _read(self, file: RemoteFile, offset: int, out: memoryview) -> None:
         with self._named(file.name):
-            data = self._files.cat_file(self._path(file.name), start=offset, end=offset + nbytes)
-        if len(data) != nbytes:
+            data = self._files.cat_file(self._path(file.name), start=offset, end=offset + len(out))
+        if len(data) != len(out):
             self.still(file)
-            problem = f"{len(data)} bytes came, and not the {nbytes} from byte {offset} on"
+            problem = f"{len(data)} bytes came, and not the {len(out)} from byte {offset} on"
             raise PassingError(problem, file=self.where(file.name))
-        return data
+        out[:] = data
 
     def still(self, file: RemoteFile) -> None:
         with self._named(file.name):
