@@ -44,7 +44,7 @@ def read_checkpoint(directory: Path, layout: Layout | None) -> Catalog:
     config = read_json(config_file) if config_file.exists() else {}
     parted = sorted(path.name for path in directory.glob("*.pth") if PART_NAME.fullmatch(path.stem))
     if parted:
-        return _read_parts(directory, parted, layout or _as_named, config)
+        return _read_parts(directory, parted, layout or as_named, config)
     if layout is None:
         problem = f"there is no {MANIFEST} here, and a checkpoint needs a layout to say what belongs to which part"
         raise WeightError(problem, file=directory, remedy="Pass layout=, as the model's package offers it.")
@@ -89,10 +89,11 @@ def _read_parts(directory: Path, files: list[str], layout: Layout, config: dict[
     return Catalog(config, parts, {str(directory / file): size_of(directory / file) for file in files})
 
 
-def _as_named(key: str, config: Mapping[str, Any]) -> list[tuple[str, str]]:
+def as_named(key: str, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The layout of such a directory: each tensor is in the part of its file, under its own name."""
     match = re.match(rf"({PART_NAME.pattern})\.(.+)", key, re.ASCII)
-    assert match is not None  # _read_parts made it so
+    if match is None:
+        raise ValueError(f"{key!r} does not begin with the name of a part")
     return [(match[1], match[2])]
 
 
