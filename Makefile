@@ -8,13 +8,14 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help demo test check bench bench-peers clean
+.PHONY: help demo test check bench bench-sepweight bench-peers clean
 
 help:
 	@echo 'make demo         answer a question with the embedded model, within a budget smaller than its weights'
 	@echo 'make test         each package alone in a fresh environment, then all of them together'
 	@echo 'make check        lint, format, types'
 	@echo 'make bench        measure; make bench ARGS=--help says what'
+	@echo 'make bench-sepweight  measure split, verify and reading'
 	@echo 'make bench-peers  install what bench compares with, each in an environment of its own'
 	@echo 'make clean        remove what these made'
 
@@ -32,6 +33,9 @@ check: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python bench/bench.py $(ARGS)
+
+bench-sepweight: .venv/ready
+	$(BIN)/python bench/sepweight.py $(ARGS)
 
 bench-peers: .venv/ready
 	$(BIN)/python bench/peers.py $(ARGS)

@@ -191,7 +191,7 @@ class Bench:
         arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.arguments).items()}
         return {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "machine": _machine(),
+            "machine": machine(),
             "arguments": arguments,
             "shape": asdict(self.shape) | {"nbytes": self.shape.nbytes, "touched": self.shape.touched},
             "cgroup": self.refused or "used",
@@ -213,25 +213,25 @@ class Bench:
             rows.append(
                 (
                     *start,
-                    _number(measured.seconds_per_token, 3),
-                    _number(measured.limit, 3),
-                    _number(measured.of_limit, 2),
-                    _number(measured.slower_than_ours, 2),
-                    _number(peak, 2) + ("" if measured.capped else "*"),
-                    _number(stats.get("bytes_read"), 2, 1e-9),
-                    _number(stats.get("seconds_computing"), 3),
-                    _number(stats.get("seconds_waiting"), 3),
-                    _number(stats.get("seconds_else"), 3),
-                    _number(last["seconds_first_pass"], 2),
-                    _number(last["seconds_load"], 1),
+                    number(measured.seconds_per_token, 3),
+                    number(measured.limit, 3),
+                    number(measured.of_limit, 2),
+                    number(measured.slower_than_ours, 2),
+                    number(peak, 2) + ("" if measured.capped else "*"),
+                    number(stats.get("bytes_read"), 2, 1e-9),
+                    number(stats.get("seconds_computing"), 3),
+                    number(stats.get("seconds_waiting"), 3),
+                    number(stats.get("seconds_else"), 3),
+                    number(last["seconds_first_pass"], 2),
+                    number(last["seconds_load"], 1),
                     measured.same_tokens or "",
                 )
             )
         note = "" if all(m.capped for m in self.measured.values()) else "\n* resident set of the process, no cgroup"
-        return _aligned(rows) + note
+        return aligned(rows) + note
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
+def aligned(rows: Sequence[tuple[str, ...]]) -> str:
     whole = [row for row in rows if len(row) > 3]  # a line with an error is as long as it likes
     widths = [max(len(row[i]) for row in whole) for i in range(len(whole[0]))]
     widths[:2] = [max(len(row[i]) for row in rows) for i in (0, 1)]
@@ -242,7 +242,7 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
-def _number(value: float | None, digits: int, scale: float = 1.0) -> str:
+def number(value: float | None, digits: int, scale: float = 1.0) -> str:
     return "" if value is None else f"{value * scale:.{digits}f}"
 
 
@@ -283,7 +283,7 @@ def _torch_libraries(python: str) -> list[Path]:
     return [file for root in roots for file in root.glob("lib/*.so*") if file.is_file()]
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return {
         "processor": names[0] if names else platform.processor(),

@@ -1,4 +1,4 @@
-"""Installs what bench.py compares with, each in an environment of its own below bench/.peers, with pip alone.
+"""Installs what bench.py and sepweight.py compare with, each in an environment of its own below bench/.peers, with pip alone.
 
 python bench/peers.py [NAME...] [--into FOLDER]
 """
@@ -36,7 +36,7 @@ class Peer:
         return not self.requirements or (folder / self.name / "installed").exists()
 
 
-PEERS = (
+PEERS = (  # those that decode
     Peer("offload", (), "ours_offload.py", resident="offload"),
     Peer(
         "accelerate",
@@ -54,6 +54,9 @@ PEERS = (
         resident="llama.cpp",
     ),
 )
+
+RUNAI = Peer("runai-model-streamer", ("runai-model-streamer>=0.17,<0.18", "numpy"), "sepweight_worker.py")
+INSTALLABLE = (*PEERS, RUNAI)
 
 
 def install(peer: Peer, folder: Path) -> str | None:
@@ -82,18 +85,18 @@ def _torch_version() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Install the programs that bench.py compares with.")
+    parser = argparse.ArgumentParser(description="Install the programs that the benchmarks compare with.")
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(p.name for p in PEERS)} (default: all)"
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(p.name for p in INSTALLABLE)} (default: all)"
     )
     parser.add_argument("--into", type=Path, default=FOLDER, help="default: %(default)s")
     arguments = parser.parse_args()
-    unknown = set(arguments.names) - {peer.name for peer in PEERS}
+    unknown = set(arguments.names) - {peer.name for peer in INSTALLABLE}
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
-    for peer in PEERS:
+    for peer in INSTALLABLE:
         if not arguments.names or peer.name in arguments.names:
-            print(f"{peer.name:<12}", end="", flush=True)
+            print(f"{peer.name:<24}", end="", flush=True)
             error = install(peer, arguments.into)
             print("ready" if error is None else f"cannot be installed: {error}")
 
