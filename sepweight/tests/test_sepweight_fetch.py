@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -318,3 +319,13 @@ def test_a_second_fetch_to_the_same_place_is_refused(split, tmp_path):
 
     fetch(split, "0:1", tmp_path / "node", progress=second)
     assert refused
+
+
+def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    [before, example] = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "tiny-split" in code]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(before, names)
+    exec(example, names)
+    assert_same_files(tmp_path / "node", tmp_path / "other-node", {"mid.00001.safetensors", "config.json"})
