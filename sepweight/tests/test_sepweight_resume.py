@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -245,3 +246,33 @@ def test_no_thread_and_no_temporary_file_outlives_a_split_that_fails(sharded, tm
     assert not list((tmp_path / "split").glob("*.partial"))
     llm_sepweight.split(sharded, tmp_path / "split", layout=layout)
     assert llm_sepweight.verify(tmp_path / "split") == []
+
+
+def test_a_disk_that_takes_no_more_loses_nothing_and_the_split_goes_on_later(checkpoint, layout, tmp_path):
+    """A real limit: no file of this process may be larger than 40 kB. The embedding is."""
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    try:
+        with pytest.raises(WeightError, match=r"begin.safetensors\). Make room .*run it again"):
+            llm_sepweight.split(checkpoint, tmp_path / "split", layout=layout, in_place=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+    assert not (tmp_path / "split" / "sepweight.json").exists()
+    llm_sepweight.split(checkpoint, tmp_path / "split", layout=layout, in_place=True)
+    assert llm_sepweight.verify(tmp_path / "split") == []
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_written(checkpoint, layout, tmp_path, monkeypatch):
+    real = os.statvfs
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((*real(path)[:4], 10, *real(path)[5:])))
+    with pytest.raises(WeightError, match=r"[\d,]+ bytes are to be written, but the disk has only 40,960 free"):
+        llm_sepweight.split(checkpoint, tmp_path / "split", layout=layout)
+    assert not list((tmp_path / "split").glob("*.safetensors"))
+
+
+def test_a_destination_that_is_no_directory_is_named(checkpoint, layout, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(WeightError, match=r"cannot be written: .*\(file .*file"):
+        llm_sepweight.split(checkpoint, tmp_path / "file" / "split", layout=layout)
