@@ -19,7 +19,7 @@ FOLLOW = torch.eye(5).roll(1, dims=1) * 50  # 0 -> 1 -> 2 -> 3 -> 4 -> 0
 class Slow:
     """A forward that takes a while, and notes when it runs and in which thread."""
 
-    def __init__(self, seconds: float = 0.02) -> None:
+    def __init__(self, seconds: float = 0.03) -> None:
         self.seconds = seconds
         self.running = self.most = self.calls = 0
         self.threads: set[int] = set()
@@ -68,8 +68,8 @@ def test_a_task_that_is_cancelled_lets_the_forward_end_and_no_other_begin(forwar
     async def main() -> None:
         steps = sample_async(forward, [[0]], max_new_tokens=50, temperature=0)
         task = asyncio.ensure_future(anext(steps))
-        await asyncio.sleep(0.005)
-        assert forward.running == 1
+        while not forward.running:
+            await asyncio.sleep(0.001)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -83,9 +83,11 @@ def test_a_task_that_is_cancelled_lets_the_forward_end_and_no_other_begin(forwar
 def test_a_task_cancelled_again_and_again_still_waits_for_the_forward(forward: Slow) -> None:
     async def main() -> None:
         task = asyncio.ensure_future(anext(sample_async(forward, [[0]], max_new_tokens=50, temperature=0)))
+        while not forward.running:
+            await asyncio.sleep(0.001)
         for _ in range(4):
-            await asyncio.sleep(0.003)
             task.cancel()
+            await asyncio.sleep(0.003)
         with pytest.raises(asyncio.CancelledError):
             await task
         assert forward.running == 0

@@ -92,6 +92,7 @@ class Table:
     def __init__(self, rows: Sequence[Row], pad_id: int, device: torch.device):
         self.rows = rows
         self.pad_id = pad_id
+        self.device = device
         prompts = [torch.tensor(row.ids) for row in rows]
         self._ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=pad_id).to(device)
 
@@ -113,12 +114,11 @@ class Table:
         first, width = rows[0].index, max(len(row.ids) for row in rows)
         if all(row.index == first + place for place, row in enumerate(rows)):
             return self._ids[first : first + len(rows), :width]
-        return self.copy_of(rows)
+        return self._ids[torch.tensor([row.index for row in rows], device=self._ids.device), :width]
 
     def copy_of(self, rows: Sequence[Row]) -> Tensor:
         """The same in memory of its own, to be handed out."""
-        width = max(len(row.ids) for row in rows)
-        return self._ids[torch.tensor([row.index for row in rows], device=self._ids.device), :width]
+        return self.of(rows).clone()
 
 
 class History:

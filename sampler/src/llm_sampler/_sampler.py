@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._draw import draw
 from ._row import History, Row, Table
-from ._scores import Scores
+from ._scores import Scores, peaks_of
 from ._stages import Apply, chain
 from ._step import Finished, Step, Top
 
@@ -37,13 +37,13 @@ class Drawn:
 class Processed:
     """The distributions of some rows at one position. scores: after the stages; what is not in them has no mass.
 
-    logits [B, V]: as they came. highest, norm [B, 1]: their largest and their log-sum-exp, in float32.
+    logits [B, V]: as they came. logprobs [B, V]: natural log-probabilities before the stages, float32. The tensors are
+    valid until the sampler processes others: their memory is used again.
     """
 
     rows: Sequence[Row]
     logits: Tensor
-    highest: Tensor
-    norm: Tensor
+    logprobs: Tensor
     scores: Scores
 
 
@@ -70,6 +70,7 @@ class Sampler:
         self._top = top_logprobs
         self._wide = any(settings["processors"])  # foreign processors are made for all columns of the head
         self._chains: dict[tuple[int, ...], list[Apply]] = {}
+        self._memory: Tensor | None = None
 
     def choose(self, logits: Tensor, rows: Sequence[Row]) -> list[Drawn]:
         """The token that each of `rows` draws from its logits [B, V]. Changes nothing: the same call gives the same.
@@ -83,43 +84,48 @@ class Sampler:
             drawn += self.draw(self.process(logits[start : start + size], part), [row.uniform() for row in part])
         return drawn
 
-    @torch.no_grad()
     def process(self, logits: Tensor, rows: Sequence[Row]) -> Processed:
         """The distribution that each of `rows` draws its next token from, given its logits [B, V]."""
-        values = logits.float()
-        highest = values.amax(-1, keepdim=True)
-        norm = (values - highest).exp_().sum(-1, keepdim=True).log_().add_(highest)
-        owned = values is not logits
+        values = logits.detach().float()
+        owned = values.dtype != logits.dtype
+        memory = self._memory_for(values)
+        logprobs = torch.log_softmax(values, -1, out=memory[0])
+        peaks = peaks_of(values)
         if self.vocab_size is not None and self._wide:
             values = values if owned else values.clone()
             values[:, self.vocab_size :] = -torch.inf
-            owned = True
+            owned, peaks = True, None
         elif self.vocab_size is not None:
-            values = values[:, : self.vocab_size]
-        scores = Scores(values, None, values.shape[-1], owned)
+            values, peaks = values[:, : self.vocab_size], None
+        scores = Scores(values, None, values.shape[-1], owned, peaks, memory[1, :, : values.shape[-1]])
         history = History(self.table, rows, logits.device)
         for stage in self._stages(rows, logits.device):
             scores = stage(scores, history)
-        return Processed(rows, logits, highest, norm, scores)
+        return Processed(rows, logits, logprobs, scores)
 
-    @torch.no_grad()
     def draw(self, processed: Processed, uniforms: list[float]) -> list[Drawn]:
         """One token per row with one number in [0, 1) for each."""
-        rows, scores, logits = processed.rows, processed.scores, processed.logits
-        left = scores.values.amax(-1)
-        tokens, logprobs = draw(scores, uniforms)
-        tokens = tokens.clamp(max=logits.shape[-1] - 1)  # where nothing was left, which is told below
-        raw = (logits.gather(-1, tokens.unsqueeze(-1)).float() - processed.norm).squeeze(-1)
-        table = torch.stack([tokens, raw, logprobs, processed.highest.squeeze(-1), left])  # float64, as logprobs
-        chosen, raws, logprobs, peaks, lefts = table.tolist()  # the one transfer from the device
-        for row, peak, remaining in zip(rows, peaks, lefts, strict=True):
-            _check(row, peak, remaining)
+        return self.drawn(processed, *draw(processed.scores, uniforms))
+
+    def drawn(self, processed: Processed, tokens: Tensor, logprobs: Tensor) -> list[Drawn]:
+        """What is said of tokens [B] that have these log-probabilities [B] (float64) after the stages."""
+        rows, scores, raw = processed.rows, processed.scores, processed.logprobs
+        tokens = tokens.clamp(max=raw.shape[-1] - 1)  # where nothing was left, which is told below
+        columns = (tokens, raw.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), logprobs)
+        if tokens.device.type == "cpu":
+            chosen, raws, logprobs = (column.tolist() for column in columns)
+        else:
+            chosen, raws, logprobs = torch.stack(columns).tolist()  # float64; the one transfer from the device
+        for index, (before, after) in enumerate(zip(raws, logprobs, strict=True)):
+            if math.isnan(before) or math.isnan(after):
+                raise _error(rows[index], float(processed.logits[index].max()), float(scores.values[index].max()))
         tops: list[tuple[Top, ...]] = [()] * len(rows)
         if self._top is not None:
             counts = [self._top[row.index] for row in rows]
-            raw_tops = _most_likely(Scores(logits.float(), None, logits.shape[-1]), processed.norm, counts)
-            norm = scores.values.logsumexp(-1, keepdim=True)
-            tops = list(zip(raw_tops, _most_likely(scores, norm, counts), strict=True))
+            raw_tops = _most_likely(Scores(raw, None, raw.shape[-1]), counts)
+            tops = list(
+                zip(raw_tops, _most_likely(scores.with_values(scores.values.log_softmax(-1)), counts), strict=True)
+            )
         return [
             Drawn(int(token), logprob, processed_logprob, *top)
             for token, logprob, processed_logprob, top in zip(chosen, raws, logprobs, tops, strict=True)
@@ -143,6 +149,19 @@ class Sampler:
             tuple(one.processed_top for one in drawn) if self._top is not None else None,
         )
 
+    def among(self, rows: Sequence[Row], of: Sequence[int]) -> Sampler:
+        """A sampler for other rows, counted from 0: each has the settings of one in `of`, but no foreign processors."""
+        settings = {name: [values[index] for index in of] for name, values in self.settings.items()}
+        table = Table(rows, self.table.pad_id, self.table.device)
+        return Sampler(table, settings | {"processors": [()] * len(rows)}, self._order, vocab_size=self.vocab_size)
+
+    def _memory_for(self, values: Tensor) -> Tensor:
+        """Two tensors of the shape of `values` [2, B, V], the same ones each time: fresh pages cost more than the work."""
+        rows, vocabulary = values.shape
+        if self._memory is None or self._memory.shape[1] < rows or self._memory.device != values.device:
+            self._memory = values.new_empty(2, rows, vocabulary)
+        return self._memory[:, :rows]
+
     def _stages(self, rows: Sequence[Row], device: torch.device) -> list[Apply]:
         key = tuple(row.index for row in rows)
         if key not in self._chains:
@@ -152,31 +171,30 @@ class Sampler:
         return self._chains[key]
 
 
-def _most_likely(scores: Scores, norm: Tensor, counts: Sequence[int]) -> list[Top]:
-    """The most likely `counts[b]` tokens of each row, the lower id first on ties, with their log-probabilities."""
+def _most_likely(scores: Scores, counts: Sequence[int]) -> list[Top]:
+    """The most likely `counts[b]` tokens of each row by log-probabilities, the lower id first on ties, with these."""
     if not max(counts):
         return [()] * len(counts)
     _, head = scores.largest(max(counts))
     values, place = head.values.sort(dim=-1, descending=True, stable=True)
     values, place = values[:, : max(counts)], place[:, : max(counts)]
     ids = place if head.ids is None else head.ids.gather(-1, place)
-    logprobs = values - norm
     return [
         tuple(zip(ids[:count], logprobs[:count], strict=True))[: sum(p > -math.inf for p in logprobs[:count])]
-        for ids, logprobs, count in zip(ids.tolist(), logprobs.tolist(), counts, strict=True)
+        for ids, logprobs, count in zip(ids.tolist(), values.tolist(), counts, strict=True)
     ]
 
 
-def _check(row: Row, peak: float, remaining: float) -> None:
-    if not math.isfinite(peak):
-        wrong = "all logits are -inf" if peak == -math.inf else f"the logits contain {peak}"
-        raise ValueError(
-            f"row {row.index}, step {row.step}: {wrong}; forward_func must return finite logits, "
+def _error(row: Row, highest: float, left: float) -> ValueError:
+    """Why nothing can be drawn, from the largest logit before and after the stages."""
+    place = f"row {row.index}, step {row.step}"
+    if not math.isfinite(highest):
+        wrong = "all logits are -inf" if highest == -math.inf else f"the logits contain {highest}"
+        return ValueError(
+            f"{place}: {wrong}; forward_func must return finite logits, "
             "-inf only for what is excluded (float16 that overflows is a common cause)"
         )
-    if not math.isfinite(remaining):
-        wrong = "no token is left" if remaining == -math.inf else f"a score became {remaining}"
-        raise ValueError(
-            f"row {row.index}, step {row.step}: {wrong} after the stages; "
-            "check vocab_size, penalties, constraints and what excludes ids"
-        )
+    wrong = "no token is left" if left == -math.inf else f"a score became {left}"
+    return ValueError(
+        f"{place}: {wrong} after the stages; check vocab_size, penalties, constraints and what excludes ids"
+    )

@@ -17,13 +17,16 @@ LOWEST = torch.finfo(torch.float32).min
 class Scores:
     """values [B, K] float32, -inf where masked; ids [B, K] in rising order, or None where K is the vocabulary.
 
-    owned: nobody else has the values, so they may be written to.
+    owned: nobody else has the values, so they may be written to. peaks: what `peaks_of` gives for the values. spare:
+    memory for a copy of them.
     """
 
     values: Tensor
     ids: Tensor | None
     vocabulary: int
     owned: bool = False
+    peaks: Tensor | None = None
+    spare: Tensor | None = None
 
     def with_values(self, values: Tensor) -> Scores:
         """The same candidates with other values, which are nobody else's."""
@@ -35,7 +38,9 @@ class Scores:
     def writable(self) -> Scores:
         """The same with every token of the vocabulary present and values that may be changed, by id."""
         scores = self.widened()
-        return scores if scores.owned else scores.with_values(scores.values.clone())
+        if scores.owned:
+            return scores.with_values(scores.values)
+        return scores.with_values(scores.values.clone() if self.spare is None else self.spare.copy_(scores.values))
 
     def widened(self) -> Scores:
         """The same with every token of the vocabulary present."""
@@ -48,12 +53,11 @@ class Scores:
     def best(self) -> Scores:
         """Only the largest of each row, the lower id on ties."""
         values, ids = self.values, self.ids
-        if values.shape[-1] >= _WORTH_BLOCKS:
-            blocks = _blocks(values)
-            block = blocks.amax(-1).argmax(-1)  # the first of equals
-            inside = _take(blocks, block.unsqueeze(-1)).argmax(-1, keepdim=True)
-            index = block.unsqueeze(-1) * _BLOCK + inside
-            index = index.clamp_(max=values.shape[-1] - 1)
+        peaks = peaks_of(values) if self.peaks is None else self.peaks
+        if peaks is not None:
+            block = peaks.argmax(-1, keepdim=True)  # the first of equals
+            index = block * _BLOCK + _take(_blocks(values), block).argmax(-1, keepdim=True)
+            index = index.clamp_(max=values.shape[-1] - 1)  # only where all are -inf
         else:
             index = values.argmax(-1, keepdim=True)
         return Scores(
@@ -65,17 +69,19 @@ class Scores:
         scores = self
         if self.values.shape[-1] >= max(_WORTH_BLOCKS, 4 * _BLOCK * k):
             # k blocks have a maximum of at least the k-th largest maximum, so the k-th largest value is no smaller
-            peaks = _blocks(self.values).amax(-1)
-            scores = self.at_least(peaks.topk(k).values[:, -1:], peaks)
+            peaks = _blocks(self.values).amax(-1) if self.peaks is None else self.peaks
+            scores = self._at_least(peaks.topk(k).values[:, -1:], peaks)
         return scores.values.topk(min(k, scores.values.shape[-1])).values, scores
 
-    def at_least(self, threshold: Tensor, peaks: Tensor | None = None) -> Scores:
+    def at_least(self, threshold: Tensor) -> Scores:
         """Only the candidates with value >= threshold [B, 1]; as few columns as the fullest row needs."""
+        return self._at_least(threshold, peaks_of(self.values) if self.peaks is None else self.peaks)
+
+    def _at_least(self, threshold: Tensor, peaks: Tensor | None) -> Scores:
         values, ids = self.values, self.ids
         threshold = threshold.clamp(min=LOWEST)
-        if values.shape[-1] >= _WORTH_BLOCKS:
+        if peaks is not None:
             blocks = _blocks(values)
-            peaks = blocks.amax(-1) if peaks is None else peaks
             count = int((peaks >= threshold).sum(-1).amax())
             if count * _BLOCK * 2 <= values.shape[-1]:
                 chosen = peaks.topk(max(count, 1)).indices.sort(-1).values  # [B, count]
@@ -95,6 +101,11 @@ class Scores:
         kept_ids = torch.full_like(kept, self.vocabulary, dtype=torch.long)
         kept_ids[row, place] = column if ids is None else ids[row, column]
         return Scores(kept, kept_ids, self.vocabulary, owned=True)
+
+
+def peaks_of(values: Tensor) -> Tensor | None:
+    """The largest value of each block of candidates [B, N], or None where there are so few that nobody needs it."""
+    return _blocks(values).amax(-1) if values.shape[-1] >= _WORTH_BLOCKS else None
 
 
 def _blocks(values: Tensor) -> Tensor:
