@@ -8,11 +8,12 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help demo test check bench bench-sepweight bench-peers clean
+.PHONY: help demo test test-harness check bench bench-sepweight bench-peers clean
 
 help:
 	@echo 'make demo         answer a question with the embedded model, within a budget smaller than its weights'
 	@echo 'make test         each package alone in a fresh environment, then all of them together'
+	@echo 'make test-harness install lm-evaluation-harness (600 MB) and hold the scores against it'
 	@echo 'make check        lint, format, types'
 	@echo 'make bench        measure; make bench ARGS=--help says what'
 	@echo 'make bench-sepweight  measure split, verify and reading'
@@ -25,6 +26,10 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python tests_integration/isolation.py $(PACKAGES)
 	$(BIN)/pytest --doctest-modules tests_integration demo/facts.py
+
+test-harness: .venv/ready
+	$(BIN)/python -m pip install --quiet 'lm_eval>=0.4.9'
+	$(BIN)/pytest -rs tests_integration/test_sampler_harness.py
 
 check: .venv/ready
 	$(BIN)/ruff check .

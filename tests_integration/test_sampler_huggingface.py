@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from torch import Tensor
 
 import llm_sampler
@@ -150,9 +154,9 @@ def test_a_step_computes_one_token_and_one_position_of_logits_for_each_row(llama
         assert counted.since() == (len(step.rows), len(step.rows))
 
 
-def test_one_prompt_for_many_rows_is_computed_once(llama: Any, counted: Counted) -> None:
+def test_what_many_rows_begin_with_is_computed_once(llama: Any, counted: Counted) -> None:
     forward = llm_sampler.from_huggingface(llama)
-    llm_sampler.generate(forward, [ids(100)] * 8, max_new_tokens=1, seed=0)
+    llm_sampler.generate(forward, [[*ids(100), token] for token in range(8)], max_new_tokens=1, seed=0)
     assert counted.since()[0] == 100 + 8
     llm_sampler.score(forward, ids(90, 3), [[token, 1, 2] for token in range(96)], batch_size=32)
     assert counted.since()[0] == 90 + 96 * 3  # the last of the context again, for its logits
@@ -309,3 +313,17 @@ def test_half_precision_is_as_close_as_the_models_own(llama: Any) -> None:
             full = built(CONFIGS["llama"])(torch.tensor([row])).logits[0, -1:]
             half = model(torch.tensor([row])).logits[0, -1:]
         assert (own - full).abs().mean() <= 1.5 * (half - full).abs().mean() + 1e-3
+
+
+def test_the_readmes_program_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[1] / "sampler/README.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
+    plain = Tokenizer(tokenizers.models.BPE())
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    plain.train_from_iterator(["The capital of France is Paris."], trainers.BpeTrainer(initial_alphabet=alphabet))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=plain).save_pretrained(tmp_path)
+    built(transformers.LlamaConfig(**{**L, "vocab_size": plain.get_vocab_size()})).save_pretrained(tmp_path)
+    exec(compile(program.replace("Qwen/Qwen3-0.6B", str(tmp_path)), "README.md", "exec"), {})
+    assert len(capsys.readouterr().out) > 5
