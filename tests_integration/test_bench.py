@@ -167,3 +167,16 @@ def test_a_mixture_reads_the_experts_that_are_wanted_and_absent(tmp_path: Path) 
     (run,) = json.loads((tmp_path / "results.json").read_text())["runs"]
     assert 0 < run["read_per_token"] < run["read_by_whole_layers"]
     assert 0 <= run["hits"] < 1
+
+
+def test_bench_of_the_sampler_times_both_beside_the_same_model(tmp_path: Path):
+    command = [sys.executable, BENCH / "sampler.py", "--vocabulary", "500", "--prompt", "5", "--steps", "4"]
+    options = ["--rows", "1", "3", "--peer-rows", "1", "--rounds", "2", "--json", tmp_path / "sampler.json"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "sampler.json").read_text())
+    assert len(results) == 2 * 5
+    for result in results:
+        assert len(result["llm_sampler"]) == 2
+        assert len(result["transformers"]) == (2 if result["rows"] == 1 else 0)
+        assert all(seconds > 0 for seconds in result["llm_sampler"] + result["transformers"])

@@ -16,6 +16,7 @@ from llm_sampler._repeats import Repeats
 from llm_sampler._row import History, Row, Table
 from llm_sampler._scores import Scores
 from llm_sampler._stages import STAGES
+from llm_sampler._truncate import _first_sorted, _smallest_set
 
 CPU = torch.device("cpu")
 INF = math.inf
@@ -303,6 +304,20 @@ def test_block_paths_equal_plain_paths_on_a_large_vocabulary(seed: int, scale: f
             assert set(result.isfinite().nonzero().flatten().tolist()) == naive(name, row, value)
             survivors = result.isfinite()
             assert torch.equal(result[survivors], row[survivors])
+
+
+@pytest.mark.parametrize("scale", [0.2, 1.0, 5.0])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("masked", [0.0, 0.9])
+def test_the_smallest_set_is_the_same_counted_into_bins_as_sorted(scale: float, ties: bool, masked: float) -> None:
+    g = torch.Generator().manual_seed(3)
+    order = torch.randn(2, 6000, generator=g) * scale
+    order = (order * 8).round() / 8 if ties else order
+    order = order.masked_fill(torch.rand(2, 6000, generator=g) < masked, -INF)
+    weights = order.double().softmax(-1)
+    for share in (1e-9, 0.2, 0.9, 0.9999999, INF):
+        needed = torch.tensor([[share], [0.5]], dtype=torch.float64)
+        assert torch.equal(_smallest_set(order, weights, needed), _first_sorted(order, weights, needed))
 
 
 @pytest.mark.parametrize("size", [20_000, 20_001])

@@ -16,6 +16,9 @@ from ._scores import Scores
 
 NO_LIMIT = 1 << 62
 _LN_2 = math.log(2)
+_WORTH_BINS = 4096  # below this many candidates sorting them is as fast
+_FEW = 256
+_BINS, _BINS_PER_NAT = 4096, 64
 
 
 def temperature(temperature: list, *, device: torch.device):
@@ -77,14 +80,11 @@ def top_p(p: list, *, device: torch.device):
         needed = share * scores.values.double().sub_(highest).exp_().cumsum_(-1)[:, -1:]
         needed = needed.masked_fill(share == 1, torch.inf)  # everything, whatever the rounding of the sums
         head = scores
-        for k in (64, 512, 4096):  # the set is a small one as a rule: look for it there before sorting a vocabulary
-            if scores.values.shape[-1] < 16 * k:
-                break
-            values, head = scores.largest(k)
+        if scores.values.shape[-1] >= _WORTH_BINS:  # the set is a small one as a rule: look for it among the first few
+            values, head = scores.largest(_FEW)
             head = head.at_least(values[:, -1:])
-            if bool(((head.values.double() - highest).exp().sum(-1, keepdim=True) > needed).all()):
-                break
-            head = scores
+            if bool(((head.values.double() - highest).exp().sum(-1, keepdim=True) <= needed).any()):
+                head = scores
         return head.masked(_smallest_set(head.values, head.values.double().sub(highest).exp_(), needed))
 
     return apply
@@ -174,7 +174,29 @@ def column(values: list, device: torch.device) -> Tensor:
 
 
 def _smallest_set(order: Tensor, weights: Tensor, needed: Tensor) -> Tensor:
-    """Which candidates [B, K] are taken, by falling `order` and then rising id, until their weights reach `needed`."""
+    """Which candidates [B, K] are taken, by falling `order` and then rising id, until their weights reach `needed`.
+
+    Where there are many, they are counted into bins of `order`, and only those of the bin where it is reached sorted.
+    """
+    if order.shape[-1] < _WORTH_BINS:
+        return _first_sorted(order, weights, needed)
+    bins = (order.amax(-1, keepdim=True) - order).mul_(_BINS_PER_NAT).nan_to_num_(nan=0.0).clamp_(max=_BINS - 1).long()
+    mass = weights.new_zeros(len(order), _BINS).scatter_add_(-1, bins, weights).cumsum_(-1)
+    border = (mass < needed).sum(-1, keepdim=True).clamp_(max=_BINS - 1)
+    before = mass.gather(-1, (border - 1).clamp(min=0)).masked_fill_(border == 0, 0)
+    inside = bins == border
+    row, column = inside.nonzero(as_tuple=True)
+    counts = inside.sum(-1)
+    place = torch.arange(len(row), device=row.device) - (counts.cumsum(-1) - counts)[row]
+    shape = len(order), int(counts.amax())
+    few_order, few_weights = order.new_full(shape, -torch.inf), weights.new_zeros(shape)
+    few_order[row, place], few_weights[row, place] = order[row, column], weights[row, column]
+    keep = bins < border
+    keep[row, column] = _first_sorted(few_order, few_weights, needed - before)[row, place]
+    return keep
+
+
+def _first_sorted(order: Tensor, weights: Tensor, needed: Tensor) -> Tensor:
     place = order.sort(dim=-1, descending=True, stable=True).indices
     mass = weights.gather(-1, place).cumsum_(-1)
     before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], dim=-1)
