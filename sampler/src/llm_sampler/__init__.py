@@ -6,6 +6,8 @@ from ._beam import Beam, beam_search
 from ._best_of import best_of
 from ._boundary import encode_choices
 from ._constraints import choices, regex
+from ._draft_model import DraftModel, DraftTree
+from ._drafts import Draft, PromptLookup
 from ._huggingface import from_huggingface
 from ._perplexity import Perplexity, perplexity
 from ._remote import RemoteError, from_url
@@ -13,6 +15,7 @@ from ._sample import Steps, generate, sample
 from ._score import Choice, Score, multiple_choice, score
 from ._server import serve
 from ._stages import HUGGING_FACE_ORDER, LLAMA_CPP_ORDER
+from ._stats import Stats
 from ._step import Completion, Step
 from ._text import Detokenizer, stream_text
 
@@ -25,9 +28,14 @@ __all__ = [
     "Choice",
     "Completion",
     "Detokenizer",
+    "Draft",
+    "DraftModel",
+    "DraftTree",
     "Perplexity",
+    "PromptLookup",
     "RemoteError",
     "Score",
+    "Stats",
     "Step",
     "Steps",
     "asgi_app",

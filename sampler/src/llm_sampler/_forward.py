@@ -22,6 +22,7 @@ class Forward:
             )
         self.forward_func = forward_func
         self.last_logits = getattr(forward_func, "last_logits", None)
+        self.tree_logits = getattr(forward_func, "tree_logits", None)
         self.vocabulary: int | None = None
 
     @torch.no_grad()
@@ -41,6 +42,22 @@ class Forward:
                 places = ends - n + torch.arange(n, device=logits.device)  # (B, n)
                 logits = logits[torch.arange(batch, device=logits.device).unsqueeze(-1), places]
         return logits.cpu() if logits.device.type == "mps" else logits  # that device has no float64
+
+    @torch.no_grad()
+    def tree(self, ids: Tensor, parents: Tensor, where: str) -> Tensor:
+        """Logits [B, N, V] of the nodes of each row's tree, by `tree_logits(ids [B, T], parents [B, N])`.
+
+        Node i of row b is at `parents[b, 0] + 1 + i` in its ids and follows the token at `parents[b, i]`; node 0 is the
+        last of a plain sequence.
+        """
+        if self.tree_logits is None:
+            raise ValueError(
+                f"{where}: the drafts branch, and forward_func has no tree_logits(input_ids, parents); "
+                "give it one, or draft one continuation (PromptLookup with branches=1, DraftModel)"
+            )
+        logits = self.tree_logits(ids, parents)
+        self._check(logits, (parents.shape[0], parents.shape[1]), "forward_func.tree_logits", where)
+        return logits.cpu() if logits.device.type == "mps" else logits
 
     def _check(self, logits: object, leading: tuple[int, int], name: str, where: str) -> None:
         if not isinstance(logits, Tensor):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ._drafts import CustomDrafter, Drafter, drafter_of
 from ._forward import Forward, ForwardFunc, Rows
 from ._prepare import check_ids, prepared
 from ._processors import Factory
 from ._row import Row
 from ._sampler import Sampler
 from ._settings import Biases, Ids, PerRow, Strings, Words
+from ._speculate import drafted_steps
+from ._stats import Stats
 from ._step import Completion, Step, collected
 
 
@@ -54,6 +57,8 @@ def sample(
     decode: Callable[[list[int]], str] | None = None,
     top_logprobs: PerRow = None,
     seed: int | Sequence[int] | Tensor | None = None,
+    drafter: Drafter | CustomDrafter | None = None,
+    speculation: Literal["exact", "rejection"] = "exact",
     order: str | Sequence[str] | None = None,
     vocab_size: int | None = None,
     pad_id: int = 0,
@@ -76,6 +81,9 @@ def sample(
         decode: token ids -> text; with it, the steps hold the rows' text too.
         seed: row i draws from the stream of (seed, i); with one seed per prompt, from that of (seed[i // n], i % n).
             None takes a fresh one. torch's own generators are neither read nor moved.
+        drafter: guesses tokens, of which one forward checks several: `PromptLookup`, `DraftModel`, `DraftTree`, or a
+            function of the rows' ids and of how many tokens each can use. speculation: "exact" gives the very tokens that
+            there would be without it; "rejection" others, with the same probabilities.
         order: names of the stages, in the order in which they work; "huggingface" (default) or "llama.cpp".
         vocab_size: ids from here on are never drawn (a head that is padded beyond its tokenizer).
         device: where the ids are handed to forward_func; by default that of input_ids.
@@ -93,8 +101,15 @@ def sample(
     arguments = dict(locals())
     forward = Forward(forward_func)
     rows, sampler = prepared(arguments)
+    if speculation not in ("exact", "rejection"):
+        raise ValueError(f"speculation is {speculation!r}; it must be 'exact' or 'rejection'")
+    if drafter is None and speculation != "exact":
+        raise ValueError(f"speculation is {speculation!r}, but there is no drafter; give one, such as PromptLookup()")
+    drafts = None if drafter is None else drafter_of(drafter)
     cancelled: set[int] = set()
-    return Steps(_steps(forward, rows, sampler, cancelled), cancelled, len(rows))
+    stats = Stats(rows=tuple(Stats() for _ in rows))
+    steps = _steps(forward, rows, sampler, cancelled, stats, drafts, speculation == "rejection")
+    return Steps(steps, cancelled, stats)
 
 
 def generate(forward_func: ForwardFunc, input_ids: Rows, **options: Any) -> list[Completion]:
@@ -111,20 +126,21 @@ def generate(forward_func: ForwardFunc, input_ids: Rows, **options: Any) -> list
 
 
 class Steps(Iterator[Step]):
-    """The steps as they are computed; nothing is, before the next one is asked for."""
+    """The steps as they are computed; nothing is, before the next one is asked for. `stats` counts what they cost."""
 
-    def __init__(self, steps: Generator[Step], cancelled: set[int], count: int):
+    def __init__(self, steps: Generator[Step], cancelled: set[int], stats: Stats):
         self._steps = steps
         self._cancelled = cancelled
-        self._count = count
+        self.stats = stats
 
     def __next__(self) -> Step:
         return next(self._steps)
 
     def cancel(self, row: int) -> None:
         """Leave a row out of all further steps and forwards."""
-        if not 0 <= row < self._count:
-            raise ValueError(f"row {row} cannot be cancelled; there are {self._count} rows, counted from 0")
+        count = len(self.stats.rows)
+        if not 0 <= row < count:
+            raise ValueError(f"row {row} cannot be cancelled; there are {count} rows, counted from 0")
         self._cancelled.add(row)
 
     def close(self) -> None:
@@ -132,7 +148,15 @@ class Steps(Iterator[Step]):
         self._steps.close()
 
 
-def _steps(forward: Forward, rows: list[Row], sampler: Sampler, cancelled: set[int]) -> Generator[Step]:
+def _steps(
+    forward: Forward,
+    rows: list[Row],
+    sampler: Sampler,
+    cancelled: set[int],
+    stats: Stats,
+    drafter: Drafter | None,
+    by_chance: bool,
+) -> Generator[Step]:
     active, number = rows, 0
     while active := [row for row in active if row.index not in cancelled]:
         if number == 0:
@@ -140,7 +164,12 @@ def _steps(forward: Forward, rows: list[Row], sampler: Sampler, cancelled: set[i
         else:
             ids, lengths = sampler.table.copy_of(active), [len(row.ids) for row in active]
             logits = forward(ids, lengths, 1, f"step {number}")[:, 0]
+        stats.forwarded(active)
+        if drafter is not None:
+            yield from drafted_steps(forward, active, logits, sampler, cancelled, stats, drafter, by_chance)
+            return
         step = sampler.accept(active, sampler.choose(logits, active))
+        stats.gained(active)
         yield step
         active = [row for row, finished in zip(active, step.finished, strict=True) if finished is None]
         number += 1

@@ -113,10 +113,10 @@ class Sampler:
         tokens = tokens.clamp(max=raw.shape[-1] - 1)  # where nothing was left, which is told below
         columns = (tokens, raw.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), logprobs)
         if tokens.device.type == "cpu":
-            chosen, raws, logprobs = (column.tolist() for column in columns)
+            chosen, befores, afters = (column.tolist() for column in columns)
         else:
-            chosen, raws, logprobs = torch.stack(columns).tolist()  # float64; the one transfer from the device
-        for index, (before, after) in enumerate(zip(raws, logprobs, strict=True)):
+            chosen, befores, afters = torch.stack(columns).tolist()  # float64; the one transfer from the device
+        for index, (before, after) in enumerate(zip(befores, afters, strict=True)):
             if math.isnan(before) or math.isnan(after):
                 raise _error(rows[index], float(processed.logits[index].max()), float(scores.values[index].max()))
         tops: list[tuple[Top, ...]] = [()] * len(rows)
@@ -128,7 +128,7 @@ class Sampler:
             )
         return [
             Drawn(int(token), logprob, processed_logprob, *top)
-            for token, logprob, processed_logprob, top in zip(chosen, raws, logprobs, tops, strict=True)
+            for token, logprob, processed_logprob, top in zip(chosen, befores, afters, tops, strict=True)
         ]
 
     def accept(self, rows: Sequence[Row], drawn: Sequence[Drawn]) -> Step:
