@@ -20,6 +20,8 @@ import llm_sampler
 lm_eval = pytest.importorskip(
     "lm_eval", reason="lm-evaluation-harness is not installed; `make test-harness` installs it", exc_type=ImportError
 )
+model_api: Any = pytest.importorskip("lm_eval.api.model")
+windows_api: Any = pytest.importorskip("lm_eval.utils")
 os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
 
 ANIMALS = ["dog", "cat", "horse", "blue whale", "eagle", "bat", "goldfish", "ox"]
@@ -98,10 +100,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def harness_model(forward: Any, tokenizer: Any, max_length: int) -> Any:
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
-    class Scored(TemplateLM):
+    class Scored(model_api.TemplateLM):
         """All that the harness asks of a model, by `llm_sampler.score`."""
 
         eot_token_id = tokenizer.eos_token_id
@@ -119,8 +118,10 @@ def harness_model(forward: Any, tokenizer: Any, max_length: int) -> Any:
             for request in requests:
                 ids = self.tok_encode(request.args[0])
                 windows = map(
-                    make_disjoint_window,
-                    get_rolling_token_windows(ids, self.prefix_token_id, max_seq_len=max_length, context_len=1),
+                    windows_api.make_disjoint_window,
+                    windows_api.get_rolling_token_windows(
+                        ids, self.prefix_token_id, max_seq_len=max_length, context_len=1
+                    ),
                 )
                 sums.append(sum(value for value, _ in self._loglikelihood_tokens([(None, *w) for w in windows])))
             return sums
@@ -139,9 +140,8 @@ def evaluated(model: Any, tasks: list[dict[str, Any]]) -> Any:
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_harness_gets_the_same_numbers_as_from_its_own_backend(checkpoint: Path, tasks: list) -> None:
-    from lm_eval.models.huggingface import HFLM
-
-    theirs = evaluated(HFLM(pretrained=str(checkpoint), device="cpu", dtype="float32", batch_size=4), tasks)
+    backend: Any = pytest.importorskip("lm_eval.models.huggingface").HFLM
+    theirs = evaluated(backend(pretrained=str(checkpoint), device="cpu", dtype="float32", batch_size=4), tasks)
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     with llm_sampler.serve(llm_sampler.from_huggingface(model)) as server, llm_sampler.from_url(server.url) as remote:
