@@ -168,7 +168,9 @@ def _steps(
         if drafter is not None:
             yield from drafted_steps(forward, active, logits, sampler, cancelled, stats, drafter, by_chance)
             return
-        step = sampler.accept(active, sampler.choose(logits, active))
+        drawn = sampler.choose(logits, active)
+        del logits  # they may be a view of the logits of all positions: not two of these at once
+        step = sampler.accept(active, drawn)
         stats.gained(active)
         yield step
         active = [row for row, finished in zip(active, step.finished, strict=True) if finished is None]
