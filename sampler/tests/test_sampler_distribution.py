@@ -94,6 +94,28 @@ def test_sequences_of_three_have_their_exact_joint_probability(settings: dict[st
         assert math.exp(sum(row.processed_logprobs)) == pytest.approx(joint[row.tokens], rel=1e-5)
 
 
+def test_whether_xtc_happens_is_independent_of_what_is_drawn() -> None:
+    """Joint probabilities of two tokens, each from a mixture: with 0.4 the two likeliest lose the first of them."""
+    base = torch.tensor([0.45, 0.35, 0.20], dtype=torch.float64)
+    mixed = 0.6 * base + 0.4 * torch.tensor([0, 0.35 / 0.55, 0.20 / 0.55], dtype=torch.float64)
+    rows = 20_000
+    options = {"xtc_probability": 0.4, "xtc_threshold": 0.3, "max_new_tokens": 2, "seed": 5}
+    logits = base.log().float()
+    seen = Counter(row.tokens for row in generate(lambda ids: logits.expand(*ids.shape, 3), [[0]] * rows, **options))
+    joint = {ab: float(mixed[ab[0]] * mixed[ab[1]]) for ab in itertools.product(range(3), repeat=2)}
+    assert chi_square_p([seen[ab] for ab in joint], list(joint.values())) > 1e-3
+
+
+def test_mirostat_meets_the_surprise_that_was_asked_for() -> None:
+    logits = torch.randn(2000, generator=torch.Generator().manual_seed(0)) * 2
+    for tau in (2.0, 4.0):
+        rows = generate(
+            lambda ids: logits.expand(*ids.shape, 2000), [[0]] * 40, max_new_tokens=200, mirostat_tau=tau, seed=1
+        )
+        bits = [-p / math.log(2) for row in rows for p in row.processed_logprobs[50:]]
+        assert sum(bits) / len(bits) == pytest.approx(tau, abs=0.1)
+
+
 def test_the_largest_uniform_takes_the_last_token_with_mass_never_a_masked_one() -> None:
     logits = torch.tensor([[0.0, -math.inf, 1.0, -200.0, -math.inf]])
     for u, token in ((0.0, 0), (1 - 2**-53, 2), (1.0, 2)):

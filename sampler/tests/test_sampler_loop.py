@@ -297,12 +297,27 @@ def test_gradients_stay_enabled_between_steps_and_are_off_in_the_forward() -> No
     assert inside == [False, False]
 
 
-def test_what_the_forward_raises_comes_through_as_it_is() -> None:
-    def forward(ids: Tensor) -> Tensor:
-        raise OSError("disk gone")
+def test_what_the_forward_raises_comes_through_as_it_is_with_a_note_of_the_step() -> None:
+    failure = OSError("disk gone")
 
-    with pytest.raises(OSError, match="disk gone"):
-        next(sample(forward, [[1]], max_new_tokens=2))
+    class Failing(Causal):
+        def __call__(self, ids: Tensor) -> Tensor:
+            if ids.shape[1] == 3:
+                raise failure
+            return super().__call__(ids)
+
+    steps = sample(Failing(), [[1]], max_new_tokens=9, seed=0)
+    before = [next(steps), next(steps)]
+    with pytest.raises(OSError, match="disk gone") as raised:
+        next(steps)
+    assert raised.value is failure
+    for note in getattr(failure, "__notes__", ["raised by forward_func in step 2;"]):  # from Python 3.11 on
+        assert note.startswith("raised by forward_func in step 2;")
+    assert next(steps, None) is None
+    [whole] = generate(Causal(), [[1]], max_new_tokens=9, seed=0)
+    known = [1, *(step.tokens[0] for step in before)]
+    [rest] = generate(Causal(), [known], max_new_tokens=7, seed=0)
+    assert (*known[1:], *rest.tokens) == whole.tokens
 
 
 def test_tensors_and_one_flat_row_are_taken_as_prompts() -> None:
@@ -436,6 +451,11 @@ def bad(row: int, value: float, every: bool = False) -> object:
         (lambda ids: torch.zeros(ids.shape[0], 1, 8), r"logits \[2, 2, vocabulary\] are needed"),
         (lambda ids: torch.zeros(*ids.shape, 8).long(), "floating-point"),
         (lambda ids: {"logits": 1}, "lambda ids: model"),
+        (lambda ids: torch.zeros(*ids.shape, 8, device="meta"), "step 0: forward_func returned logits on meta;"),
+        (
+            lambda ids: torch.zeros(*ids.shape, 8, device="meta" if ids.shape[1] == 3 else "cpu"),
+            "step 1: forward_func returned logits on meta, and on cpu before; they must hold values",
+        ),
         (lambda ids: torch.zeros(*ids.shape, 6 + ids.shape[1]), "step 1: .* 9 logits per position, and 8 before"),
         (lambda ids: torch.zeros(*ids.shape, 2), "row 1 holds the id 2, and the vocabulary has 2"),
     ],

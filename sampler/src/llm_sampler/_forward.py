@@ -24,16 +24,19 @@ class Forward:
         self.last_logits = getattr(forward_func, "last_logits", None)
         self.tree_logits = getattr(forward_func, "tree_logits", None)
         self.vocabulary: int | None = None
+        self.device: torch.device | None = None
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, lengths: list[int], n: int, where: str) -> Tensor:
         """Logits [B, n, V] of the last n positions before the end of each right-padded row of ids [B, T]."""
         batch, width = ids.shape
         if self.last_logits is not None:
-            logits = self.last_logits(ids, torch.tensor(lengths, device=ids.device), n)
+            with _noted("forward_func.last_logits", where):
+                logits = self.last_logits(ids, torch.tensor(lengths, device=ids.device), n)
             self._check(logits, (batch, n), "forward_func.last_logits", where)
         else:
-            logits = self.forward_func(ids)
+            with _noted("forward_func", where):
+                logits = self.forward_func(ids)
             self._check(logits, (batch, width), "forward_func", where)
             if all(length == width for length in lengths):
                 logits = logits[:, width - n :]
@@ -55,7 +58,8 @@ class Forward:
                 f"{where}: the drafts branch, and forward_func has no tree_logits(input_ids, parents); "
                 "give it one, or draft one continuation (PromptLookup with branches=1, DraftModel)"
             )
-        logits = self.tree_logits(ids, parents)
+        with _noted("forward_func.tree_logits", where):
+            logits = self.tree_logits(ids, parents)
         self._check(logits, (parents.shape[0], parents.shape[1]), "forward_func.tree_logits", where)
         return logits.cpu() if logits.device.type == "mps" else logits
 
@@ -75,7 +79,30 @@ class Forward:
                 f"{where}: {name} returned {logits.shape[2]} logits per position, and {self.vocabulary} before; "
                 "the vocabulary must stay the same"
             )
-        self.vocabulary = logits.shape[2]
+        if logits.device.type == "meta" or self.device not in (None, logits.device):
+            before = f", and on {self.device} before" if self.device is not None else ""
+            raise ValueError(
+                f"{where}: {name} returned logits on {logits.device}{before}; "
+                "they must hold values, on the same device each time"
+            )
+        self.vocabulary, self.device = logits.shape[2], logits.device
+
+
+class _noted:  # noqa: N801  (a class, since a generator's context manager costs as much as a small stage)
+    """Adds to what a forward function raises where that was, and what can be done."""
+
+    def __init__(self, name: str, where: str):
+        self.name, self.where = name, where
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if add_note := getattr(error, "add_note", None):  # from Python 3.11 on
+            add_note(
+                f"raised by {self.name} in {self.where}; what was generated before is in the steps that came before, "
+                "and sampling goes on from its ids"
+            )
 
 
 def rows_of(input_ids: Any, name: str = "input_ids") -> tuple[list[Tensor], torch.device]:
