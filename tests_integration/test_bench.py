@@ -180,3 +180,16 @@ def test_bench_of_the_sampler_times_both_beside_the_same_model(tmp_path: Path):
         assert len(result["llm_sampler"]) == 2
         assert len(result["transformers"]) == (2 if result["rows"] == 1 else 0)
         assert all(seconds > 0 for seconds in result["llm_sampler"] + result["transformers"])
+
+
+@pytest.mark.skipif(not (BENCH.parent / ".git").exists(), reason="the texts come from the repository's history")
+def test_bench_of_speculation_counts_more_than_a_token_a_forward_where_text_is_grounded(tmp_path: Path):
+    command = [sys.executable, BENCH / "speculation.py", "--texts", "1", "--tokens", "8", "--vocabulary", "1000"]
+    done = subprocess.run([*command, "--json", tmp_path / "out.json"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert {(result["text"], result["branches"]) for result in results} == {
+        (text, branches) for text in ("edit", "quote", "other") for branches in (1, 4)
+    }
+    assert all(result["tokens_per_forward"] > 2 for result in results if result["text"] != "other")
+    assert all(result["tokens_per_forward"] == result["gained"] / result["forwards"] for result in results)
