@@ -167,6 +167,19 @@ def test_rows_with_a_mask_each_may_have_their_drafts_at_different_positions(conf
             torch.testing.assert_close(got[row, i], alone[0, start], atol=2e-5, rtol=0)
 
 
+def test_a_mask_without_a_cache_makes_a_tree_of_one_pass(config, ids):
+    model, positions = Model(config), torch.tensor([[0, 1, 2, 3, 4, 4]])  # two drafts for the place after four tokens
+    mask = torch.ones(1, 6, 6, dtype=torch.bool).tril()
+    mask[0, 5, 4] = False
+    x = model.modules["begin"](ids[:1, :6], positions)
+    for layer in model.layers:
+        x = layer(x, positions, mask=mask)
+    got = model.modules["end"](x)
+    for i in (4, 5):
+        alone = model.full(torch.cat((ids[:1, :4], ids[:1, i : i + 1]), dim=1))
+        torch.testing.assert_close(got[0, i], alone[0, 4], atol=2e-5, rtol=0)
+
+
 def test_a_forward_pass_heeds_no_default_device_or_dtype_and_its_tables_survive_inference_mode():
     sizes = {"hidden_size": 40, "n_head": 5}  # of this test alone, so that the tables are made here
     layer = fill(parts(Config.from_hf(TINY | sizes), "0:1"))["mid.00000"]

@@ -199,6 +199,19 @@ def test_dynamic_rope_refuses_a_position_beyond_its_original_length(ids):
         model.full(ids[:, :9])
 
 
+def test_a_mask_without_a_cache_makes_a_tree_of_one_pass(ids):
+    model, positions = Model(TINY), torch.tensor([[0, 1, 2, 3, 4, 4]])  # two drafts for the place after four tokens
+    mask = torch.ones(1, 6, 6, dtype=torch.bool).tril()
+    mask[0, 5, 4] = False
+    x = model.modules["begin"](ids[:1, :6], positions)
+    for layer in model.layers:
+        x = layer(x, positions, mask=mask)
+    got = model.modules["end"](x)
+    for i in (4, 5):
+        alone = model.full(torch.cat((ids[:1, :4], ids[:1, i : i + 1]), dim=1))
+        torch.testing.assert_close(got[0, i], alone[0, 4], atol=2e-5, rtol=0)
+
+
 def test_a_forward_pass_heeds_no_default_device_or_dtype_and_its_tables_survive_inference_mode():
     theta = {"rope_type": "default", "rope_theta": 12345.0}  # of this test alone, so that the tables are made here
     layer = fill(parts(Config.from_hf(TINY | {"rope_parameters": theta}), "0:1"))["mid.00000"]

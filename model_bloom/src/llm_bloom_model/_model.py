@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ._config import Config
 
 Cache = tuple[Tensor, Tensor]  # keys and values, each (rows, slots, heads, head_dim)
-SCORES = 1 << 22  # attention scores computed at a time, each of 8 bytes in all: 32 MiB
+SCORES = 1 << 20  # attention scores computed at a time, each of 8 bytes in all: 8 MiB
 
 
 class Begin(nn.Module):
@@ -104,15 +104,14 @@ class Attention(nn.Module):
     ) -> Tensor:
         batch, length, _ = x.shape
         q, k, v = self.query_key_value(x).view(batch, length, self.num_heads, 3, self.head_dim).unbind(3)
+        own = torch.arange(length, device=x.device).expand(batch, -1)
         if cache is not None:
-            rows = torch.arange(batch, device=x.device)[:, None]
             for stored, new in zip(cache, (k, v), strict=True):
-                stored[rows, positions if slots is None else slots] = new
+                stored[torch.arange(batch, device=x.device)[:, None], positions if slots is None else slots] = new
             k, v = cache[0][:, :kv_len], cache[1][:, :kv_len]
-        else:
-            positions = torch.arange(length, device=x.device)[None]
-        at = key_positions(positions, k.shape[1], slots if mask is not None else None)
-        out = attend(q, k, v, visible(positions, k.shape[1]) if mask is None else mask, at)
+        seen = visible(own[:1] if cache is None else positions, k.shape[1]) if mask is None else mask
+        drafts = None if mask is None else own if cache is None else slots
+        out = attend(q, k, v, seen, key_positions(positions, k.shape[1], drafts))
         return self.dense(out.reshape(batch, length, -1))
 
 
@@ -123,8 +122,8 @@ def visible(positions: Tensor, kv_len: int) -> Tensor:
 
 
 def key_positions(positions: Tensor, kv_len: int, slots: Tensor | None) -> Tensor:
-    """The positions of the keys in the first `kv_len` slots, [B or 1, kv_len]: a slot's own number, but for those
-    that drafts at `positions` [B, T] were just written to."""
+    """The positions of the keys in the first `kv_len` slots, [B or 1, kv_len]: a slot's own number, but for the
+    `slots` [B, T] that drafts at `positions` [B, T] were just written to."""
     at = torch.arange(kv_len + 1, device=positions.device)[None]
     if slots is None:
         return at[:, :kv_len]

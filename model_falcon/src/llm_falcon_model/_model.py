@@ -13,7 +13,7 @@ from ._config import Config
 from ._positions import alibi, cos_sin, rotate
 
 Cache = tuple[Tensor, Tensor]  # keys and values, each (rows, slots, num_kv_heads, head_dim)
-MASK_ELEMENTS = 1 << 23  # with alibi each head has a mask of its own: so many numbers of it at a time
+MASK_ELEMENTS = 1 << 21  # with alibi each head has a mask of its own: so many numbers of it at a time
 
 
 class Begin(nn.Module):
@@ -99,11 +99,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_kv_heads,
-            config.head_dim,
-        )
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_kv_heads
+        self.head_dim = config.head_dim
         self.alibi, self.rope_theta, self.rope_factor = config.alibi, config.rope_theta, config.rope_factor
         size = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         self.query_key_value = nn.Linear(config.hidden_size, size, bias=False)
@@ -125,11 +122,7 @@ class Attention(nn.Module):
         qkv = plus(self.query_key_value(x), self.query_key_value_bias).view(
             batch, length, self.num_kv_heads, -1, self.head_dim
         )
-        q, k, v = (
-            qkv[..., :-2, :].flatten(2, 3),
-            qkv[..., -2, :],
-            qkv[..., -1, :],
-        )  # (B, T, heads or kv heads, head_dim)
+        q, k, v = qkv[..., :-2, :].flatten(2, 3), qkv[..., -2, :], qkv[..., -1, :]  # (B, T, heads | kv heads, head_dim)
         if not self.alibi:
             cos, sin = cos_sin(positions, self.head_dim, theta=self.rope_theta, factor=self.rope_factor, dtype=x.dtype)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -139,14 +132,17 @@ class Attention(nn.Module):
             for stored, new in zip(cache, (k, v), strict=True):
                 stored[rows, positions if slots is None else slots] = new
         fresh = kv_len == length and mask is None and not positions[:, 0].any()
-        if cache is None or fresh:  # whole rows: what is seen is what was just computed
-            seen = visible(torch.arange(length, device=x.device)[None], length) if self.alibi else None
-        else:
+        whole = cache is None or fresh  # whole rows: what is seen is what was just computed
+        if not whole:
             k, v = cache[0][:, :kv_len], cache[1][:, :kv_len]
-            seen = visible(positions, k.shape[1]) if mask is None else mask
+        own = torch.arange(length, device=x.device).expand(batch, -1)
+        seen = mask
+        if mask is None and (self.alibi or not whole):
+            seen = visible(own[:1] if whole else positions, k.shape[1])
         if self.alibi:
-            at = key_positions(positions, k.shape[1], slots if mask is not None else None)
-            out = attend_biased(q, k, v, seen, alibi(at, self.num_heads, self.head_dim, dtype=x.dtype))
+            drafts = None if mask is None else own if cache is None else slots
+            added = alibi(key_positions(positions, k.shape[1], drafts), self.num_heads, self.head_dim, dtype=x.dtype)
+            out = attend_biased(q, k, v, seen, added)
         else:
             out = attend(q, k, v, seen)  # (B, T, heads, head_dim)
         return plus(self.dense(out.reshape(batch, length, -1)), self.dense_bias)
@@ -159,8 +155,8 @@ def visible(positions: Tensor, kv_len: int) -> Tensor:
 
 
 def key_positions(positions: Tensor, kv_len: int, slots: Tensor | None) -> Tensor:
-    """The positions of the keys in the first `kv_len` slots, [B or 1, kv_len]: a slot's own number, but for those
-    that drafts at `positions` [B, T] were just written to."""
+    """The positions of the keys in the first `kv_len` slots, [B or 1, kv_len]: a slot's own number, but for the
+    `slots` [B, T] that drafts at `positions` [B, T] were just written to."""
     at = torch.arange(kv_len + 1, device=positions.device)[None]
     if slots is None:
         return at[:, :kv_len]
