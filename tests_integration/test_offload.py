@@ -55,7 +55,7 @@ CONFIGS = {
     "qwen2": hf.Qwen2Config(**LLAMA),
     "qwen3": hf.Qwen3Config(**LLAMA, head_dim=16),
     "mixtral": hf.MixtralConfig(**MOE, num_local_experts=4),
-    "qwen3 moe": hf.Qwen3MoeConfig(**MOE | dict(num_experts=4, moe_intermediate_size=24, head_dim=8)),
+    "qwen3 moe": hf.Qwen3MoeConfig(**MOE | dict[str, Any](num_experts=4, moe_intermediate_size=24, head_dim=8)),
 }
 BUDGET: dict[str, Any] = dict(rows=2, context=40, runtime=0)
 PROMPTS = torch.tensor([[0, 0, 6, 5, 3], [3, 1, 4, 1, 5]])  # the first padded on the left
@@ -191,7 +191,8 @@ def test_beams_and_samples_are_unchanged(tmp_path):
 
 
 def test_of_an_encoder_and_a_decoder_the_larger_is_streamed_and_the_other_serves_as_it_is(tmp_path):
-    config = hf.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=4, num_heads=4, decoder_start_token_id=0, **VOCAB)
+    config = hf.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=4, num_heads=4, **VOCAB)
+    config.decoder_start_token_id = 0
     theirs: Any = hf.AutoModelForSeq2SeqLM.from_config(config).eval()
     theirs.save_pretrained(tmp_path)
     model = on_meta(tmp_path, hf.AutoModelForSeq2SeqLM)
@@ -215,7 +216,7 @@ def test_blocks_that_share_their_weights_are_refused(tmp_path):
 def test_the_program_in_the_readme_runs(tmp_path):
     readme = (Path(__file__).parent.parent / "partial_run/README.md").read_text()
     (program,) = [block for block in readme.split("```")[1::2] if "layout_from_module" in block]
-    names = vars(hf) | dict(
+    names: dict[str, Any] = vars(hf) | dict(
         torch=torch, llm_sepweight=llm_sepweight, llm_partial_run=llm_partial_run,
         model_dir=save(CONFIGS["gpt2"], tmp_path), input_ids=PROMPTS,
     )  # fmt: skip

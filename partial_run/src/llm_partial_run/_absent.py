@@ -9,26 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_T: Any = Tensor
 FACTS = {
-    Tensor.dtype.__get__,  # pyright: ignore[reportAttributeAccessIssue]
-    Tensor.device.__get__,  # pyright: ignore[reportAttributeAccessIssue]
-    Tensor.shape.__get__,  # pyright: ignore[reportAttributeAccessIssue]
-    Tensor.ndim.__get__,  # pyright: ignore[reportAttributeAccessIssue]
-    Tensor.is_meta.__get__,  # pyright: ignore[reportAttributeAccessIssue]
-    Tensor.is_cuda.__get__,  # pyright: ignore[reportAttributeAccessIssue]
-    Tensor.layout.__get__,  # pyright: ignore[reportAttributeAccessIssue]
-    Tensor.grad.__get__,  # pyright: ignore[reportAttributeAccessIssue]
-    Tensor.requires_grad.__get__,  # pyright: ignore[reportAttributeAccessIssue]
-    Tensor.nbytes.__get__,  # pyright: ignore[reportAttributeAccessIssue]
-    Tensor.size,
-    Tensor.dim,
-    Tensor.numel,
-    Tensor.nelement,
-    Tensor.element_size,
-    Tensor.is_floating_point,
-    Tensor.is_complex,
-    Tensor.__hash__,
-    Tensor.__len__,
+    *(getattr(_T, name).__get__ for name in ("dtype", "device", "shape", "ndim", "layout", "nbytes", "requires_grad")),
+    *(getattr(_T, name).__get__ for name in ("grad", "is_meta", "is_cuda")),
+    *(_T.size, _T.dim, _T.numel, _T.nelement, _T.element_size, _T.is_floating_point, _T.is_complex),
+    *(_T.__hash__, _T.__len__),
 }
 
 Rows = Callable[[Tensor], Tensor]  # row numbers [n] -> those rows of the matrix [n, ...]

@@ -79,7 +79,7 @@ class BlockWeights(Weights):
         for owner, name in self._survey.whole:
             if owner == part and (part, name) not in self._complete:
                 tensor = self._assemble((part, name), self._room[self._room_used :])
-                self._room_used += -(-tensor.nbytes // PAGE) * PAGE + PAGE
+                self._room_used += -(-tensor.nbytes // PAGE) * PAGE
                 binding.enter_context(bound(self._parts[part], name, tensor))
         return binding
 
@@ -92,14 +92,14 @@ class BlockWeights(Weights):
         for part, name in in_one_piece:
             units = self._by_tensor[part, name]
             if all(unit in self._local for unit in units):
-                tensor = self._assemble((part, name), self._memory(sum(unit.kept_nbytes for unit in units) + PAGE))
+                tensor = self._assemble((part, name), self._memory(sum(unit.kept_nbytes for unit in units)))
                 for unit in units:
                     del self._kept[unit]
                 self._opened.enter_context(bound(self._parts[part], name, tensor))
                 self._complete.add((part, name))
         if len(in_one_piece) > len(self._complete):
             most = max(sum(part == owner for owner, _ in self._survey.whole) for part in self._parts) + 1
-            self._room = self._memory(self._survey.whole_nbytes + most * 2 * PAGE)
+            self._room = self._memory(self._survey.whole_nbytes + most * PAGE)
 
     def _memory(self, nbytes: int) -> Tensor:
         on_cpu = self._device.type == "cpu"
@@ -159,16 +159,14 @@ class BlockWeights(Weights):
             return type(module).forward(module, x)
 
     def _assemble(self, tensor: tuple[str, str], memory: Tensor) -> Tensor:
-        """A tensor from its slices: it lies in a page as in the file, so that a streamed one gives the bits of one that stays."""
+        """A tensor from its slices: from a page's start on, whether they stay or are streamed, so that the bits are the same."""
         part, name = tensor
         stored = self._store.tensors(part)[name].shape
         target = torch.empty(0)
         for unit in self._by_tensor[tensor]:
             with self._slice_of(unit) as rows:
                 if unit.start == 0:
-                    at = rows.data_ptr() % PAGE
-                    end = at + rows.dtype.itemsize * math.prod(stored)
-                    target = memory[at:end].view(rows.dtype).view(stored)
+                    target = memory[: rows.dtype.itemsize * math.prod(stored)].view(rows.dtype).view(stored)
                 target[unit.start : unit.stop].copy_(rows)
         return target.view(self._survey.whole.get(tensor) or stored)
 

@@ -22,7 +22,7 @@ class Survey:
     """How each tensor of a module is served, by (part, name)."""
 
     model: Model
-    sliced: Mapping[tuple[str, str], nn.Module]  # the matrix of this module, which computes slice by slice
+    sliced: Mapping[tuple[str, str], nn.Linear]  # the matrix of this module, which computes slice by slice
     called: Mapping[tuple[str, str], nn.Module]  # the matrix of this module, bound as one while it runs
     whole: Mapping[tuple[str, str], tuple[int, ...]]  # bound as one while its block runs: its shape
     gathered: tuple[tuple[str, str], ...]  # of which rows are looked up
@@ -61,7 +61,7 @@ def survey_blocks(
 
     units: list[Unit] = []
     kept: list[tuple[str, str]] = []
-    sliced: dict[tuple[str, str], nn.Module] = {}
+    sliced: dict[tuple[str, str], Any] = {}
     called: dict[tuple[str, str], nn.Module] = {}
     whole: dict[tuple[str, str], tuple[int, ...]] = {}
     gathered: list[tuple[str, str]] = []
