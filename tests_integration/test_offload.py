@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -352,10 +351,3 @@ def test_the_process_stays_within_its_memory(config, more, tmp_path):
     memory, peak, streamed, resident_bytes = map(int, done.stdout.split())
     assert streamed > resident_bytes > 0
     assert peak <= memory, f"{peak - memory} bytes over"
-
-
-def test_the_config_that_is_saved_is_read_as_it_is(tmp_path):
-    path = save(CONFIGS["gpt2"], tmp_path)
-    weights = llm_sepweight.open(path, layout=llm_partial_run.layout_from_module(on_meta(path)))
-    with weights:
-        assert weights.config == json.loads((path / "config.json").read_text())
