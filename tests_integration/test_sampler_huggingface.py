@@ -212,6 +212,65 @@ def test_random_batches_have_the_models_own_logits(llama: Any) -> None:
 # What can be wrong
 
 
+TREE = [-1, 0, 0, 1, 3, 3, 2]  # node -> node: two branches, one of which branches again
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen3", "mixtral", "gpt2, learned positions", "gpt neox", "gptj", "phi", "stablelm", "falcon"]
+)
+@torch.no_grad()
+def test_each_node_of_a_tree_has_the_logits_of_its_own_path(name: str) -> None:
+    model = built(CONFIGS[name])
+    forward = llm_sampler.from_huggingface(model)
+    prefixes = [ids(9, 1), ids(20, 2), ids(20, 2)[:15]]
+    for grown in ([], [7], [7, 8, 9]):  # nothing known, one more token, several: as after a draft was accepted in part
+        prefixes = [[*prefix, *grown] for prefix in prefixes]
+        nodes = [ids(len(TREE), seed) for seed in range(3)]
+        parents = torch.tensor([[len(prefix) + node for node in TREE] for prefix in prefixes])
+        logits = forward.tree_logits(padded([a + b for a, b in zip(prefixes, nodes, strict=True)])[0], parents)
+        for prefix, own, table in zip(prefixes, nodes, logits, strict=True):
+            for node in range(len(TREE)):
+                path, at = [], node
+                while at >= 0:
+                    path, at = [own[at], *path], TREE[at]
+                alone = model(torch.tensor([prefix + path]), use_cache=False).logits[0, -1]
+                torch.testing.assert_close(table[node], alone, atol=5e-5, rtol=1e-4)
+        check(forward, [[*prefix, own[0]] for prefix, own in zip(prefixes, nodes, strict=True)])
+
+
+def test_a_tree_computes_its_nodes_and_what_is_new_of_its_row(llama: Any, counted: Counted) -> None:
+    forward = llm_sampler.from_huggingface(llama)
+    forward(torch.tensor([ids(40)]))
+    counted.since()
+    parents = torch.tensor([[40 + node for node in TREE]])
+    forward.tree_logits(torch.tensor([[*ids(40), 5, *ids(7, 1)]]), parents + 1)
+    assert counted.since() == (1 + 7, 7)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_text_with_branching_drafts_is_that_without(llama: Any, temperature: float) -> None:
+    prompts = [[*ids(6, 1), *ids(6, 1), *ids(6, 1)[:3]], ids(5, 2)]
+    options: dict[str, Any] = dict(max_new_tokens=[100, 60], temperature=temperature, seed=0)
+    plain = llm_sampler.generate(llm_sampler.from_huggingface(llama), prompts, **options)
+    drafters = [
+        llm_sampler.PromptLookup(4, min_match=1, branches=3),
+        llm_sampler.DraftTree(llm_sampler.from_huggingface(llama), widths=(2, 2)),
+    ]
+    for drafter in drafters:
+        rows = llm_sampler.generate(llm_sampler.from_huggingface(llama), prompts, drafter=drafter, **options)
+        assert [row.tokens for row in rows] == [row.tokens for row in plain]
+
+
+def test_models_that_cannot_see_a_tree_say_so() -> None:
+    for name, message in (
+        ("bloom, alibi from the mask", "takes no position_ids"),
+        ("mistral, windowed", "window of 5"),
+    ):
+        forward = llm_sampler.from_huggingface(built(CONFIGS[name]))
+        with pytest.raises(ValueError, match=message):
+            forward.tree_logits(torch.tensor([ids(13)]), torch.tensor([[5 + node for node in TREE]]))
+
+
 def test_without_a_cache_the_logits_are_the_same(llama: Any) -> None:
     forward = llm_sampler.from_huggingface(llama, cache=False)
     check(forward, [ids(9, 1), ids(4, 2)], n=3)
@@ -317,7 +376,7 @@ def test_half_precision_is_as_close_as_the_models_own(llama: Any) -> None:
 
 def test_the_readmes_program_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (Path(__file__).parents[1] / "sampler/README.md").read_text(encoding="utf-8")
-    (program,) = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
+    (program,) = re.findall(r"## Hugging Face models.*?```py\n(.*?)```", text, re.DOTALL)
     plain = Tokenizer(tokenizers.models.BPE())
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     plain.decoder = decoders.ByteLevel()

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._tree_mask import tree_mask
+
 _SHARED = 32  # tokens: a beginning that several rows share, and a saving that is worth a pass of its own
 _CHANGING = ("dynamic", "longrope")  # kinds of rope under which more tokens change the keys of the first ones
 
@@ -105,11 +107,22 @@ class HuggingFaceForward:
                 self._pass(heads, 1)
         return self._pass(rows, n)
 
+    @torch.no_grad()
+    def tree_logits(self, input_ids: Tensor, parents: Tensor) -> Tensor:
+        """Logits [B, N, V] of drafts that branch: node i of row b is at `parents[b, 0] + 1 + i` in its ids, and follows
+        the token at `parents[b, i]`; node 0 is the last of a plain sequence. For models with rotary or learned positions.
+        """
+        self._check_trees(parents.shape[1] + int(parents[:, 0].max()) + 1)
+        table, nodes = parents.tolist(), parents.shape[1]
+        rows = [row[: own[0] + 1 + nodes] for row, own in zip(input_ids.tolist(), table, strict=True)]
+        self._check(rows, nodes, spare=nodes - 1)  # nodes beside each other take no more positions
+        return self._pass(rows, nodes, table)
+
     def clear(self) -> None:
         """Let go of all keys and values."""
         self._blocks, self._index = [], []
 
-    def _pass(self, rows: list[list[int]], n: int) -> Tensor:
+    def _pass(self, rows: list[list[int]], n: int, parents: list[list[int]] | None = None) -> Tensor:
         found = [self._longest(row) for row in rows]
         new = max(len(row) - min(length, len(row) - n) for row, (length, *_) in zip(rows, found, strict=True))
         known = [max(0, len(row) - new) for row in rows]
@@ -123,6 +136,10 @@ class HuggingFaceForward:
             options["attention_mask"] = (slots >= pads).long()
             if "position_ids" in self._takes:
                 options["position_ids"] = (slots[before:] - pads).clamp_(min=0)
+        if parents is not None:
+            mask, positions = tree_mask(rows, parents, self.model.dtype)
+            options["attention_mask"] = mask[:, :, before:].to(device)
+            options["position_ids"] = positions[:, before:].to(device)
         if "logits_to_keep" in self._takes:
             options["logits_to_keep"] = n
         cache = None
@@ -137,14 +154,26 @@ class HuggingFaceForward:
             raise ValueError(f"{type(self.model).__name__} returns no logits; load it with AutoModelForCausalLM")
         logits = logits[:, -n:]
         if cache is not None and not bool(logits.amax(-1).isnan().any()):  # NaN would reach who takes these keys next
-            self._remember(_Block(cache, rows, width))
+            if parents is not None:  # the nodes are no sequence: what was accepted of them is computed again
+                cache.crop(-n)
+                rows, width = [row[:-n] for row in rows], width - n
+            if width:
+                self._remember(_Block(cache, rows, width))
         return logits
 
-    def _check(self, rows: list[list[int]], n: int) -> None:
+    def _check_trees(self, length: int) -> None:
+        config = self.model.config
+        window = getattr(config, "sliding_window", None)
+        if "position_ids" not in self._takes or getattr(config, "alibi", False):
+            raise ValueError(f"{type(self.model).__name__} takes no position_ids, so it cannot see drafts that branch")
+        if window is not None and getattr(config, "use_sliding_window", True) and length > window:
+            raise ValueError(f"rows of {length} tokens are longer than the window of {window}: draft without branches")
+
+    def _check(self, rows: list[list[int]], n: int, *, spare: int = 0) -> None:
         for index, row in enumerate(rows):
             if not 1 <= n <= len(row):
                 raise ValueError(f"row {index} has {len(row)} tokens, and logits of its last {n} are asked for")
-            if self.max_length is not None and len(row) > self.max_length:
+            if self.max_length is not None and len(row) - spare > self.max_length:
                 raise ValueError(
                     f"row {index} has {len(row)} tokens, and the model takes {self.max_length}: shorten it, or give "
                     "from_huggingface a larger max_length if the model can do it"
