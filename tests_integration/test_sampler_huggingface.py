@@ -342,7 +342,7 @@ def test_what_the_model_raises_comes_through_and_spoils_nothing(llama: Any) -> N
 
     hook = llama.model.layers[1].register_forward_hook(fail)  # when the first layer has its new keys already
     with pytest.raises(RuntimeError, match="out of memory"):
-        forward(torch.tensor([[*row, 1]]))
+        forward.last_logits(*padded([[*row, 1]]))
     hook.remove()
     check(forward, [[*row, 1]])
     check(forward, [[*row, 2], row[:5]])
