@@ -179,9 +179,10 @@ def _steps(
 
 def first_logits(forward: Forward, rows: list[Row], sampler: Sampler) -> Tensor:
     """Logits [B, V] after the prompts; rows with the same one share its computation."""
-    places: dict[tuple[int, ...], int] = {}
-    place = [places.setdefault(tuple(row.ids), len(places)) for row in rows]
-    distinct = [rows[place.index(each)] for each in range(len(places))]
+    prompts = [tuple(row.ids) for row in rows]
+    one = dict(zip(prompts, rows, strict=True))  # any row with that prompt
+    place = {prompt: index for index, prompt in enumerate(one)}
+    distinct = list(one.values())
     logits = forward(sampler.table.copy_of(distinct), [len(row.ids) for row in distinct], 1, "step 0")[:, 0]
     check_ids(rows, sampler, logits.shape[-1])
-    return logits if len(distinct) == len(rows) else logits[place]
+    return logits if len(distinct) == len(rows) else logits[[place[prompt] for prompt in prompts]]
