@@ -279,6 +279,28 @@ def test_a_draft_model_is_accepted_as_often_as_the_distributions_overlap() -> No
     assert rate == pytest.approx(expected, abs=4 * math.sqrt(0.25 / steps.stats.drafted))
 
 
+@pytest.mark.parametrize("options", SETTINGS)
+def test_a_model_that_drafts_for_itself_is_always_right(options: dict[str, Any]) -> None:
+    """Stages see the drafted rows as they see the rows; mirostat's own state moves with what is accepted alone."""
+    tokens = 1 if "mirostat_tau" in options else 4
+    drafter = DraftModel(causal, tokens)
+    steps = sample(causal, [[1], [2, 3]], max_new_tokens=16, seed=0, drafter=drafter, **options)
+    assert sum(len(step.rows) for step in steps) == 32
+    assert steps.stats.drafted == steps.stats.accepted > 0
+    assert steps.stats.forwards == 1 + math.ceil(15 / (tokens + 1))
+
+
+def test_by_rejection_the_processed_logprobs_are_those_of_the_model_after_its_stages() -> None:
+    rows = generate(
+        P, [[0]] * 200, max_new_tokens=3, seed=1, temperature=1.5, drafter=DraftTree(Q, (2, 1)), speculation="rejection"
+    )
+    warm = (P.logits / 1.5).log_softmax(-1)
+    for row in rows:
+        path = list(itertools.pairwise((0, *row.tokens)))
+        assert row.processed_logprobs == pytest.approx([float(warm[a, b]) for a, b in path], abs=1e-5)
+        assert row.logprobs == pytest.approx([float(P.logits[a, b]) for a, b in path], abs=1e-5)
+
+
 def test_an_oracle_is_accepted_whole_and_the_statistics_say_so() -> None:
     prompts, length = [[1], [2, 3]], 21
     plain = generate(causal, prompts, max_new_tokens=length, seed=4)
@@ -340,6 +362,10 @@ def test_no_more_is_drafted_than_the_row_may_still_gain() -> None:
     generate(forward, [[1, 2, 3], [4]], max_new_tokens=[5, 3], seed=0, drafter=drafter)
     assert seen[0] == [3, 1]
     assert max(n for _, n in forward.calls) == 4
+    model = DraftModel(similar, tokens=9)
+    generate(Strict(longest=7), [[1, 2, 3], [4]], max_new_tokens=[5, 3], seed=0, drafter=model)
+    lookup = PromptLookup(9, min_match=1)
+    generate(Strict(longest=7), [[1, 1, 1], [4]], max_new_tokens=[5, 3], temperature=0, drafter=lookup)
 
 
 def test_a_prompt_goes_through_the_forward_once_before_it_fans_out() -> None:
