@@ -161,6 +161,7 @@ class _HTTPServer(HTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
+    wbufsize = -1  # head and body of a small reply leave together
     server: _HTTPServer  # type: ignore[assignment]
 
     def setup(self) -> None:
