@@ -19,6 +19,7 @@ from ._scores import Scores, peaks_of
 from ._stages import Apply, chain
 from ._step import Finished, Step, Top
 
+_LOG2_E = math.log2(math.e)
 _PART = 1 << 20  # logits that are worked on at once on a CPU: what they take stays in its cache
 
 
@@ -37,13 +38,14 @@ class Drawn:
 class Processed:
     """The distributions of some rows at one position. scores: after the stages; what is not in them has no mass.
 
-    logits [B, V]: as they came. logprobs [B, V]: natural log-probabilities before the stages, float32. The tensors are
-    valid until the sampler processes others: their memory is used again.
+    logits [B, V]: as they came; `logits - highest - norm` are the natural log-probabilities before the stages. highest,
+    norm [B, 1]: float32. The scores are valid until the sampler processes others: their memory is used again.
     """
 
     rows: Sequence[Row]
     logits: Tensor
-    logprobs: Tensor
+    highest: Tensor
+    norm: Tensor
     scores: Scores
 
 
@@ -89,8 +91,10 @@ class Sampler:
         values = logits.detach().float()
         owned = values.dtype != logits.dtype
         memory = self._memory_for(values)
-        logprobs = torch.log_softmax(values, -1, out=memory[0])
         peaks = peaks_of(values)
+        highest = (values if peaks is None else peaks).amax(-1, keepdim=True)
+        # two to the power of it: torch has that vectorised, four times as fast as e to the power of it
+        norm = torch.sub(values, highest, out=memory[0]).mul_(_LOG2_E).exp2_().sum(-1, keepdim=True).log_()
         if self.vocab_size is not None and self._wide:
             values = values if owned else values.clone()
             values[:, self.vocab_size :] = -torch.inf
@@ -101,7 +105,7 @@ class Sampler:
         history = History(self.table, rows, logits.device)
         for stage in self._stages(rows, logits.device):
             scores = stage(scores, history)
-        return Processed(rows, logits, logprobs, scores)
+        return Processed(rows, logits, highest, norm, scores)
 
     def draw(self, processed: Processed, uniforms: list[float]) -> list[Drawn]:
         """One token per row with one number in [0, 1) for each."""
@@ -109,23 +113,24 @@ class Sampler:
 
     def drawn(self, processed: Processed, tokens: Tensor, logprobs: Tensor) -> list[Drawn]:
         """What is said of tokens [B] that have these log-probabilities [B] (float64) after the stages."""
-        rows, scores, raw = processed.rows, processed.scores, processed.logprobs
-        tokens = tokens.clamp(max=raw.shape[-1] - 1)  # where nothing was left, which is told below
-        columns = (tokens, raw.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), logprobs)
+        rows, scores, logits = processed.rows, processed.scores, processed.logits
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)  # where nothing was left, which is told below
+        raw = logits.gather(-1, tokens.unsqueeze(-1)).float() - processed.highest - processed.norm
+        columns = (tokens, raw.squeeze(-1), logprobs)
         if tokens.device.type == "cpu":
             chosen, befores, afters = (column.tolist() for column in columns)
         else:
             chosen, befores, afters = torch.stack(columns).tolist()  # float64; the one transfer from the device
         for index, (before, after) in enumerate(zip(befores, afters, strict=True)):
             if math.isnan(before) or math.isnan(after):
-                raise _error(rows[index], float(processed.logits[index].max()), float(scores.values[index].max()))
+                raise _error(rows[index], float(logits[index].max()), float(scores.values[index].max()))
         tops: list[tuple[Top, ...]] = [()] * len(rows)
         if self._top is not None:
             counts = [self._top[row.index] for row in rows]
-            raw_tops = _most_likely(Scores(raw, None, raw.shape[-1]), counts)
-            tops = list(
-                zip(raw_tops, _most_likely(scores.with_values(scores.values.log_softmax(-1)), counts), strict=True)
-            )
+            before = logits.float() - processed.highest - processed.norm
+            raw_tops = _most_likely(Scores(before, None, logits.shape[-1]), counts)
+            after = scores.with_values(scores.values.log_softmax(-1))
+            tops = list(zip(raw_tops, _most_likely(after, counts), strict=True))
         return [
             Drawn(int(token), logprob, processed_logprob, *top)
             for token, logprob, processed_logprob, top in zip(chosen, befores, afters, tops, strict=True)
