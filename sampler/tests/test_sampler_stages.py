@@ -163,6 +163,11 @@ def test_top_n_sigma_counts_no_masked_token() -> None:
     assert kept("top_n_sigma", [0.0, 1.0, 2.0, 3.0, -INF], 0.0) == [3]
 
 
+def test_top_n_sigma_leaves_a_row_without_it_alone_where_only_one_token_is_left() -> None:
+    out = apply("top_n_sigma", torch.tensor([[-INF, 1.0], [0.0, 1.0]]), [INF, 0.5])
+    assert out.tolist() == [[-INF, 1.0], [-INF, 1.0]]
+
+
 def test_typical_prefers_what_is_as_surprising_as_expected() -> None:
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log().tolist()  # entropy 1.75 bits: 2 bits are the nearest
     assert kept("typical_p", logits, 0.2) == [1]
