@@ -448,9 +448,12 @@ def test_bad_drafts_are_named(drafter: Any, message: str) -> None:
         generate(causal, [[1], [2]], max_new_tokens=5, drafter=drafter, speculation="rejection")
 
 
-def test_a_tree_needs_tree_logits() -> None:
-    with pytest.raises(ValueError, match="the drafts branch, and forward_func has no tree_logits"):
-        generate(causal, [[1]], max_new_tokens=5, drafter=DraftTree(similar, (2, 1)))
+def test_a_tree_needs_tree_logits_and_says_so_before_the_first_forward() -> None:
+    for drafter in (DraftTree(similar, (2, 1)), PromptLookup(branches=2)):
+        with pytest.raises(ValueError, match="drafter: the drafts branch, and forward_func has no tree_logits"):
+            sample(causal, [[1]], max_new_tokens=5, drafter=drafter)
+    with pytest.raises(ValueError, match="forward 1: the drafts branch, and forward_func has no tree_logits"):
+        generate(causal, [[1]], max_new_tokens=5, drafter=lambda ids, limits: [Draft([1, 2], [-1, -1])])
 
 
 @pytest.mark.parametrize(

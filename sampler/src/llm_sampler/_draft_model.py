@@ -40,6 +40,7 @@ class DraftTree:
         self.widths = tuple(positive("widths", width) for width in widths)
         if not self.widths:
             raise ValueError("widths is empty; say how many tokens follow one at each depth, as in (4, 2, 1)")
+        self.branching = max(self.widths) > 1
 
     def drafts(
         self, rows: Sequence[Row], limits: Sequence[int], sampler: Sampler, vocabulary: int, by_chance: bool

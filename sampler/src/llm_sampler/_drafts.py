@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 
+from ._forward import Forward
 from ._row import Row
 from ._sampler import Sampler
 
@@ -32,8 +33,11 @@ CustomDrafter: TypeAlias = Callable[[list[list[int]], list[int]], Sequence[Seque
 class Drafter(Protocol):
     """What drafted_steps asks for drafts: one for each row, no deeper than its limit.
 
-    by_chance: draw them, and say from which probabilities; else guess what the rows' own uniforms will draw.
+    branching: whether drafts may be trees. by_chance: draw them, and say from which probabilities; else guess what the
+    rows' own uniforms will draw.
     """
+
+    branching: bool
 
     def drafts(
         self, rows: Sequence[Row], limits: Sequence[int], sampler: Sampler, vocabulary: int, by_chance: bool
@@ -63,6 +67,7 @@ class PromptLookup:
         self.tokens = positive("tokens", tokens)
         self.min_match = positive("min_match", min_match)
         self.branches = positive("branches", branches)
+        self.branching = self.branches > 1
 
     def drafts(
         self, rows: Sequence[Row], limits: Sequence[int], sampler: Sampler, vocabulary: int, by_chance: bool
@@ -93,9 +98,11 @@ class PromptLookup:
         return Draft(tokens, parents)
 
 
-def drafter_of(given: Any) -> Drafter:
+def drafter_of(given: Any, forward: Forward) -> Drafter:
     """A drafter as the loop asks it, from what sample was given."""
     if hasattr(given, "drafts"):
+        if given.branching:
+            forward.checker_of_trees("drafter")
         return given
     if not callable(given):
         raise TypeError(
@@ -107,6 +114,8 @@ def drafter_of(given: Any) -> Drafter:
 
 class _Custom:
     """A function of the caller's, whose drafts are checked."""
+
+    branching = True  # perhaps; where they are, and cannot be checked, that is said then
 
     def __init__(self, function: Any):
         self._function = function

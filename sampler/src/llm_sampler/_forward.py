@@ -53,15 +53,18 @@ class Forward:
         Node i of row b is at `parents[b, 0] + 1 + i` in its ids and follows the token at `parents[b, i]`; node 0 is the
         last of a plain sequence.
         """
+        logits = self.checker_of_trees(where)(ids, parents)
+        self._check(logits, (parents.shape[0], parents.shape[1]), "forward_func.tree_logits", where)
+        return logits.cpu() if logits.device.type == "mps" else logits
+
+    def checker_of_trees(self, where: str) -> Callable[[Tensor, Tensor], Tensor]:
+        """forward_func.tree_logits; ValueError where it has none, and drafts that branch cannot be checked."""
         if self.tree_logits is None:
             raise ValueError(
                 f"{where}: the drafts branch, and forward_func has no tree_logits(input_ids, parents); "
                 "give it one, or draft one continuation (PromptLookup with branches=1, DraftModel)"
             )
-        with _noted("forward_func.tree_logits", where):
-            logits = self.tree_logits(ids, parents)
-        self._check(logits, (parents.shape[0], parents.shape[1]), "forward_func.tree_logits", where)
-        return logits.cpu() if logits.device.type == "mps" else logits
+        return self.tree_logits
 
     def _check(self, logits: object, leading: tuple[int, int], name: str, where: str) -> None:
         if not isinstance(logits, Tensor):

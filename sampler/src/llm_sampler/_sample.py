@@ -105,7 +105,7 @@ def sample(
         raise ValueError(f"speculation is {speculation!r}; it must be 'exact' or 'rejection'")
     if drafter is None and speculation != "exact":
         raise ValueError(f"speculation is {speculation!r}, but there is no drafter; give one, such as PromptLookup()")
-    drafts = None if drafter is None else drafter_of(drafter)
+    drafts = None if drafter is None else drafter_of(drafter, forward)
     cancelled: set[int] = set()
     stats = Stats(rows=tuple(Stats() for _ in rows))
     steps = _steps(forward, rows, sampler, cancelled, stats, drafts, speculation == "rejection")
