@@ -100,6 +100,7 @@ def test_sampled_text_is_the_same_with_and_without_drafts(model: Any, smaller: A
     for forward, drafter in (
         (from_huggingface(model), DraftModel(from_huggingface(smaller))),
         (WithTrees(model), DraftTree(from_huggingface(smaller), (2, 2))),
+        (from_huggingface(model), DraftTree(from_huggingface(smaller), (3, 2, 1))),
         (from_huggingface(model), PromptLookup(min_match=1)),
     ):
         drafted = llm_sampler.generate(forward, PROMPTS, drafter=drafter, **options)
