@@ -122,8 +122,11 @@ def test_processors_see_the_whole_head_with_what_lies_beyond_vocab_size_masked()
         seen.append(scores.isfinite().tolist())
         return scores
 
-    generate(table, [[0]], max_new_tokens=1, seed=0, vocab_size=4, processors=lambda row: processor)
+    logits = torch.randn(1, 1, VOCABULARY)
+    before = logits.clone()
+    generate(lambda ids: logits, [[0]], max_new_tokens=1, seed=0, vocab_size=4, processors=lambda row: processor)
     assert seen == [[[True] * 4 + [False] * 2]]
+    assert torch.equal(logits, before), "the forward's own logits are left alone"
 
 
 @pytest.mark.parametrize(
