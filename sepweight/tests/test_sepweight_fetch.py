@@ -132,6 +132,30 @@ def test_parts_of_two_models_are_never_mixed(checkpoint, split, serve, layout, t
     assert {path: path.read_bytes() for path in (tmp_path / "node").iterdir()} == before
 
 
+def test_parts_that_were_split_alone_are_fetched_together_as_far_as_they_prove_to_be_the_same(
+    checkpoint, layout, tmp_path
+):
+    for name, spec in (("some", "1:3"), ("others", "0:2")):  # nothing tells that these are of one model
+        llm_sepweight.split(checkpoint, tmp_path / name, layout=layout, spec=spec)
+    fetch(tmp_path / "some", "1:2", tmp_path / "node")
+    fetch(tmp_path / "some", "1:2", tmp_path / "node")
+    fetch(tmp_path / "others", "0:1", tmp_path / "node")  # has the part that is here, byte for byte
+    with llm_sepweight.open(tmp_path / "node") as weights:
+        assert weights.parts == ("mid.00000", "mid.00001")
+    with pytest.raises(WeightError, match="cannot be told to be the one"):
+        fetch(tmp_path / "some", "2:3", tmp_path / "node")
+
+
+def test_a_split_that_is_not_finished_is_no_destination(checkpoint, split, layout, tmp_path):
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        llm_sepweight.split(checkpoint, tmp_path / "new", layout=layout, progress=interrupt)
+    with pytest.raises(WeightError, match="a split here that is not finished"):
+        fetch(split, "f", tmp_path / "new")
+
+
 @pytest.mark.parametrize("kind", ["checkpoint", "split"])
 def test_an_interrupted_fetch_goes_on_where_it_was(kind, checkpoint, split, serve, layout, tmp_path):
     server = serve({"checkpoint": checkpoint, "split": split}[kind])
@@ -239,7 +263,16 @@ def test_a_model_on_the_hub_is_read_at_one_commit_with_the_token_and_that_goes_n
             return not request.path.startswith(f"/owner/name/resolve/{commit}/") and request.answer(404) is None
         return True
 
-    hub.trick = as_hub
+    def as_one_of_many(request) -> bool:  # each of which has ETags of its own
+        start = request.headers["Range"].removeprefix("bytes=").split("-")[0]
+        data = (checkpoint / request.name).read_bytes()
+        stop = int(request.headers["Range"].split("-")[1]) + 1
+        body = data[int(start) : stop]
+        etag = f'"{len(storage.requests)}"'
+        request.answer(206, body, ETag=etag, Content_Range=f"bytes {start}-{stop - 1}/{len(data)}")
+        return True
+
+    hub.trick, storage.trick = as_hub, as_one_of_many
     environment = {**os.environ, "HF_ENDPOINT": hub.url.removesuffix("/model"), "HF_TOKEN": "hf_secret"}
     command = [sys.executable, "-c", HUB, "hf://owner/name@v1", tmp_path / "node"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llm_sepweight._catalog import parse_json
 from llm_sepweight._checksum import Checksum
-from llm_sepweight._copying import Contents, Progress, nbytes_of
+from llm_sepweight._copying import Contents, Progress, fill, nbytes_of
 from llm_sepweight._errors import WeightError
 from llm_sepweight._writing import check_room, naming, put_in_place, remove, temporary
 
@@ -157,12 +157,7 @@ def _in_order(
 
 def _read(contents: Contents, start: int, nbytes: int) -> bytearray:
     data = bytearray(nbytes)
-    at = 0  # where a piece starts in the file
-    for piece in contents:
-        first, last = max(start, at), min(start + nbytes, at + piece.nbytes)
-        if first < last:
-            piece.copy(first - at, memoryview(data)[first - start : last - start])
-        at += piece.nbytes
+    fill(contents, start, memoryview(data))
     return data
 
 

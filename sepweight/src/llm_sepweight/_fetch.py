@@ -17,6 +17,7 @@ from llm_sepweight._copying import Piece, literal
 from llm_sepweight._download import Download, download, forget
 from llm_sepweight._errors import WeightError
 from llm_sepweight._header import header_length, parse_header
+from llm_sepweight._journal import JOURNAL
 from llm_sepweight._manifest import (
     MANIFEST,
     FileInfo,
@@ -27,6 +28,7 @@ from llm_sepweight._manifest import (
     read_manifest,
     stored_in,
 )
+from llm_sepweight._parts import tool
 from llm_sepweight._plan import PlannedPart, plan
 from llm_sepweight._remote import START, Remote, RemoteFile, open_remote
 from llm_sepweight._source import COMPANIONS
@@ -34,26 +36,17 @@ from llm_sepweight._writing import locked, make_directory, write_bytes
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 GUESSED = (  # where nothing can be listed
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Found:
     """What a source has for a spec. In a checkpoint nothing tells a part's checksum: it is empty until it was read."""
 
-    manifest: Manifest
+    manifest: Manifest  # of these parts
+    offered: dict[str, PartInfo]  # all that the source's own manifest has
     downloads: dict[str, Download]
     companions: dict[str, FileInfo | None]
 
@@ -97,7 +90,7 @@ def fetch(
             found = _find(remote, spec, layout, pool)
         make_directory(directory)
         with locked(directory):
-            here = _here(directory, found.manifest, remote)
+            here = _here(directory, found, remote)
             missing = {part: each for part, each in found.downloads.items() if not _is_here(directory, here, part)}
             checksums = download(
                 list(missing.values()),
@@ -121,15 +114,16 @@ def fetch(
 def _find(remote: Remote, spec: str, layout: Layout | None, pool: ThreadPoolExecutor) -> Found:
     data = remote.small(MANIFEST)
     if data is not None:
-        return _in_directory(remote, parse_manifest(data, remote.where(MANIFEST)).select(spec), pool)
+        return _in_directory(remote, parse_manifest(data, remote.where(MANIFEST)), spec, pool)
     if layout is None:
         problem = f"there is no {MANIFEST} here, and a checkpoint needs a layout to say what belongs to which part"
         raise WeightError(problem, file=remote.name, remedy="Check the address, or pass layout=.")
     return _in_checkpoint(remote, spec, layout, pool)
 
 
-def _in_directory(remote: Remote, manifest: Manifest, pool: ThreadPoolExecutor) -> Found:
+def _in_directory(remote: Remote, whole: Manifest, spec: str, pool: ThreadPoolExecutor) -> Found:
     """The parts of a sepweight directory: their files as they are."""
+    manifest = whole.select(spec)
     names = [info.file for info in manifest.parts.values()]
     files = dict(zip(manifest.parts, pool.map(remote.find, names), strict=True))
     for part, info in manifest.parts.items():
@@ -145,7 +139,7 @@ def _in_directory(remote: Remote, manifest: Manifest, pool: ThreadPoolExecutor) 
         )
         for part, info in manifest.parts.items()
     }
-    return Found(manifest, downloads, dict(manifest.files))
+    return Found(manifest, whole.parts, downloads, dict(manifest.files))
 
 
 def _in_checkpoint(remote: Remote, spec: str, layout: Layout, pool: ThreadPoolExecutor) -> Found:
@@ -170,7 +164,7 @@ def _in_checkpoint(remote: Remote, spec: str, layout: Layout, pool: ThreadPoolEx
     downloads = {part: _gathered(remote, part, planned[part], entries[part], where) for part in parts}
     versions = [[file.name, file.size, file.version] for file in files.values()]
     manifest = Manifest(
-        tool=_tool(),
+        tool=tool(),
         source=remote.name.rsplit("/", 1)[-1],
         config=config,
         parts={part: PartInfo(planned[part].file, planned[part].nbytes, "", planned[part].tensors) for part in parts},
@@ -179,7 +173,7 @@ def _in_checkpoint(remote: Remote, spec: str, layout: Layout, pool: ThreadPoolEx
     )
     names = remote.names()
     listed = [name for name in names or () if any(fnmatch(name, pattern) for pattern in COMPANIONS)]
-    return Found(manifest, downloads, dict.fromkeys(GUESSED if names is None else sorted(listed)))
+    return Found(manifest, {}, downloads, dict.fromkeys(GUESSED if names is None else sorted(listed)))
 
 
 def _shards(remote: Remote) -> dict[str, list[str]]:
@@ -249,24 +243,24 @@ def _checker(
     return check
 
 
-def _here(directory: Path, wanted: Manifest, remote: Remote) -> Manifest:
+def _here(directory: Path, found: Found, remote: Remote) -> Manifest:
     """What the destination holds already, which must be of the same model."""
+    remedy = "Choose another destination, or remove this one first."
+    if (directory / JOURNAL).exists():
+        raise WeightError("there is a split here that is not finished", file=directory, remedy=remedy)
     if not (directory / MANIFEST).exists():
-        return replace(wanted, parts={}, files={})
+        return replace(found.manifest, parts={}, files={})
     here = read_manifest(directory)
-    if here.model != wanted.model or not here.model or here.config != wanted.config:
+    same_model = here.model == found.manifest.model != ""
+    if not same_model and any(found.offered.get(part) != info for part, info in here.parts.items()):
         problem = f"there is a model here already, and it cannot be told to be the one at {remote.name}"
-        remedy = "Choose another destination, or remove this one first."
         raise WeightError(problem, file=directory / MANIFEST, remedy=remedy)
     return here
 
 
 def _is_here(directory: Path, here: Manifest, part: str) -> bool:
     info = here.parts.get(part)
-    if info is None:
-        return False
-    path = directory / info.file
-    return path.is_file() and path.stat().st_size == info.nbytes
+    return info is not None and (path := directory / info.file).is_file() and path.stat().st_size == info.nbytes
 
 
 def _get_companions(remote: Remote, directory: Path, found: Found, here: Manifest) -> dict[str, FileInfo]:
@@ -294,9 +288,3 @@ def _json(data: bytes, where: str) -> dict[str, Any]:
         return parse_json(data)
     except (ValueError, RecursionError) as error:
         raise WeightError(f"no valid JSON: {error}", file=where, remedy=DAMAGED) from error
-
-
-def _tool() -> str:
-    from llm_sepweight import __version__
-
-    return f"llm_sepweight {__version__}"
