@@ -107,6 +107,7 @@ class Request(BaseHTTPRequestHandler):
     """A request to a RangeServer, and those that follow on the same connection."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a body waits for nothing
     server: RangeServer
 
     def do_GET(self) -> None:
