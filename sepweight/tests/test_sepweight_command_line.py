@@ -95,6 +95,15 @@ def test_filenames_lists_what_a_spec_needs(run, directory, checkpoint):
     assert json.loads(out)["files"] == [*small, "model-00001-of-00002.safetensors"]
 
 
+def test_fetch_gets_the_parts_of_a_spec(run, directory, checkpoint):
+    status, out, _ = run("fetch", directory, "0:2", "node", "--json")
+    assert status == 0
+    assert json.loads(out)["parts"] == ["mid.00000", "mid.00001"]
+    status, out, _ = run("fetch", checkpoint, "0:2", "other-node", *LAYOUT, "--connections", "2")
+    assert (status, out.split(",")[0]) == (0, "2 parts")
+    assert run("diff", "node", "other-node")[0] == 0
+
+
 def test_diff_and_export_go_round(run, directory, checkpoint, tensors, tmp_path):
     assert run("diff", checkpoint, directory, *LAYOUT) == (0, "the weights are the same\n", "")
     status, out, _ = run("export", directory, "back", "--max-shard", "40kB")

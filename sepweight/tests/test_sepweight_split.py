@@ -147,8 +147,8 @@ def test_a_split_that_fails_leaves_nothing_that_looks_finished(checkpoint, layou
         llm_sepweight.split(checkpoint, tmp_path / "new", layout=layout, progress=stop)
     assert "sepweight.json" not in os.listdir(tmp_path / "new")
     assert not list((tmp_path / "new").glob("*.partial"))
-    with pytest.raises(WeightError, match="needs a layout"):
-        llm_sepweight.open(tmp_path / "new")
+    with pytest.raises(WeightError, match="to this directory is not finished.*Run it again"):
+        llm_sepweight.open(tmp_path / "new", layout)
 
 
 def test_a_disk_that_is_full_is_said_with_the_file(checkpoint, layout, tmp_path, monkeypatch):
