@@ -243,6 +243,20 @@ def test_closing_leaves_no_file_and_no_thread(checkpoint, layout):
             use()
 
 
+def test_few_files_are_open_at_a_time_however_many_parts_there_are(tmp_path, monkeypatch):
+    monkeypatch.setattr("llm_sepweight._reader.OPEN_FILES", 3)
+    state = {str(layer): torch.full((9,), layer) for layer in range(12)}
+    llm_sepweight.dump(state, tmp_path, config={}, layout=lambda key, config: [(f"mid.{int(key):05d}", "x")])
+    with llm_sepweight.open(tmp_path, verify="lazy") as weights, ThreadPoolExecutor(4) as pool:
+        parts = [*weights.parts, *reversed(weights.parts)] * 5
+        for part, found in zip(parts, pool.map(weights.load, parts), strict=True):
+            assert torch.equal(found["x"], state[str(int(part[4:]))])
+        for part in weights.parts:
+            weights.load(part)
+        links = (f"/proc/self/fd/{descriptor}" for descriptor in os.listdir("/proc/self/fd"))
+        assert sum(str(tmp_path) in os.readlink(link) for link in links if os.path.islink(link)) <= 3 + 4
+
+
 def test_what_is_not_there_is_named(checkpoint, layout):
     with llm_sepweight.open(checkpoint, layout) as weights:
         with pytest.raises(WeightError, match="no part 'mid.00003'; there are begin, mid.00000"):

@@ -19,6 +19,7 @@ from llm_sepweight._reading import CHUNK, PAGE, ReadError, WeightFile, pages, wh
 
 THREADS = 4  # reads in flight
 BOUNCE = 4 << 20  # bytes that go through memory of our own at a time, where they cannot be read in place
+OPEN_FILES = 128  # at most, but for those that are being read
 
 Job = Callable[[], None]
 
@@ -33,6 +34,7 @@ class Reader:
         self._path = path
         self.files = {file: WeightFile(file, size, self._say_buffered) for file, size in file_sizes.items()}
         self._checks = LazyChecks(checksums)
+        self._open: dict[str, None] = {}  # those that may be open, the one used longest ago first
         self._lock = threading.Lock()
         self._local = threading.local()
         self._warned = False
@@ -57,8 +59,8 @@ class Reader:
     def fetch(self, part: str, name: str | None, file: str, offset: int, nbytes: int, memory: memoryview) -> None:
         """Whole pages of a file, read by this thread."""
         with _at(part, name):
-            self._checks.check(self.files[file])
-            self.files[file].read(memory, offset, nbytes)
+            self._checks.check(self._used(file))
+            self._used(file).read(memory, offset, nbytes)
 
     def copy(self, part: str, name: str, entry: Entry, start: int, out: memoryview) -> None:
         """Bytes of a tensor from `start` on, through memory of this thread, to wherever they shall go."""
@@ -104,18 +106,30 @@ class Reader:
         for file in self.files.values():
             file.close()
 
+    def _used(self, file: str) -> WeightFile:
+        """A file that is about to be read; the one that has not been for the longest time may have to be closed."""
+        with self._lock:
+            self._open.pop(file, None)
+            self._open[file] = None
+            idle = next(iter(self._open)) if len(self._open) > OPEN_FILES else None
+            if idle is not None:
+                del self._open[idle]
+        if idle is not None:
+            self.files[idle].rest()
+        return self.files[file]
+
     def _sweep(self, part: str, entries: Mapping[str, Entry], sweep: Sweep, start: int, memory: memoryview) -> None:
         """One chunk of a sweep."""
         try:
             with _at(part, None):
-                self.files[sweep.file].read(memory, sweep.offset + start, min(CHUNK, sweep.nbytes - start))
+                self._used(sweep.file).read(memory, sweep.offset + start, min(CHUNK, sweep.nbytes - start))
         except ReadError as error:
             error.tensor = _tensor_at(entries, sweep.file, error.offset)
             raise
 
     def _check_on_the_way(self, part: str, sweep: Sweep) -> Callable[[memoryview], None] | None:
         """Where the file is to be checked: what takes the sweep's bytes in their order, and compares at the last."""
-        file = self.files[sweep.file]
+        file = self._used(sweep.file)
         if not self._checks.pending(file.path):
             return None
         if sweep.offset + sweep.nbytes < file.size:  # this part reads only some of it

@@ -70,6 +70,13 @@ class WeightFile:
                         raise ReadError("the file ends too early", file=self.path, offset=offset + done, remedy=DAMAGED)
                 done += got
 
+    def rest(self) -> None:
+        """Close the file until the next read, unless one is under way."""
+        with self._changed:
+            if self._readers == 0 and self._file is not None:
+                self._file.close()
+                self._file = None
+
     def close(self) -> None:
         """Waits for reads that are under way; later ones are refused."""
         with self._changed:
