@@ -131,14 +131,13 @@ def _split(arguments: argparse.Namespace) -> int:
 
 def _fetch(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
-    headers = dict(map(_header, arguments.header))
     with Bar("fetching") as progress:
         fetch(
             arguments.source,
             arguments.spec,
             arguments.destination,
             layout=find_layout(arguments.layout),
-            headers=headers or None,
+            headers=dict(map(_header, arguments.header)),
             connections=arguments.connections,
             timeout=arguments.timeout,
             retries=arguments.retries,
@@ -150,9 +149,8 @@ def _fetch(arguments: argparse.Namespace) -> int:
 def _say_written(arguments: argparse.Namespace, start: float) -> int:
     seconds = time.perf_counter() - start
     with open(arguments.destination) as store:
-        facts = {"destination": str(arguments.destination), "parts": list(store.parts)}
-        nbytes = sum(info.nbytes for info in store.manifest.parts.values()) if store.manifest is not None else 0
-    facts |= {"nbytes": nbytes, "seconds": seconds}
+        nbytes = sum(store.catalog.file_sizes.values())
+        facts = {"destination": str(store.path), "parts": list(store.parts), "nbytes": nbytes, "seconds": seconds}
     text = f"{len(facts['parts'])} parts, {_bytes(nbytes)}, in {arguments.destination}, {seconds:.1f} s"
     print(json.dumps(facts) if arguments.json else text)
     return 0
@@ -223,8 +221,7 @@ def _filenames(arguments: argparse.Namespace) -> int:
 
 def _diff(arguments: argparse.Namespace) -> int:
     with Bar("comparing") as progress:
-        layout = find_layout(arguments.layout)
-        found = diff(arguments.first, arguments.second, layout=layout, progress=progress)
+        found = diff(arguments.first, arguments.second, layout=find_layout(arguments.layout), progress=progress)
     if arguments.json:
         print(json.dumps({"same": not found, "differences": [vars(each) for each in found]}))
     else:
@@ -271,8 +268,7 @@ def _bytes(nbytes: float) -> str:
 
 def _table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-    rows = [head, *lines]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *lines))
 
 
 class Bar:
