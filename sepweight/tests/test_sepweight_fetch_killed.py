@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +22,46 @@ from llm_sepweight import WeightError
 
 KILLS = 25  # of each of two kinds
 FORKS = """
-import json, os, signal, sys, time
+import json, os, sys
 sys.path.insert(0, sys.argv[1])
 import conftest, httpx2, llm_sepweight
 from llm_sepweight import _download
 
 _download.WINDOW = 4096
 for line in sys.stdin:
-    url, destination, seconds = json.loads(line)
+    url, destination = json.loads(line)
     child = os.fork()
     if child == 0:
         llm_sepweight.fetch(url, "f", destination, layout=conftest._layout)
         os._exit(0)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
+    print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
 @pytest.fixture(scope="module")
 def forks() -> Iterator[Any]:
-    """fetch(url, destination, seconds) in a process of its own, killed after so long; its exit status."""
+    """fetch(server, destination, kill_at, after) in a process of its own, killed so many seconds after its nth request."""
     command = [sys.executable, "-c", FORKS, Path(__file__).parent]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
 
-        def fetch(url: str, destination: Path, seconds: float | None = None) -> int:
-            print(json.dumps([url, str(destination), seconds]), file=process.stdin, flush=True)
+        def fetch(server: Any, destination: Path, kill_at: int = 0, after: float = 0) -> int:
+            count, pids = itertools.count(1), []
+
+            def kill(request: Any) -> bool:
+                if next(count) == kill_at:
+                    while not pids:
+                        time.sleep(0.001)
+                    time.sleep(after)
+                    with suppress(ProcessLookupError):  # it was done before
+                        os.kill(pids[0], signal.SIGKILL)
+                return False
+
+            server.trick = kill
+            print(json.dumps([server.url, str(destination)]), file=process.stdin, flush=True)
+            pids.append(int(process.stdout.readline()))
             return int(process.stdout.readline())
 
         yield fetch
@@ -61,39 +75,34 @@ def contents(directory: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("kind", ["checkpoint", "split"])
 def test_a_fetch_killed_at_any_moment_goes_on_to_the_same_bytes(kind, forks, checkpoint, layout, serve, tmp_path):
     llm_sepweight.split(checkpoint, tmp_path / "split", layout=layout)
-    url = serve({"checkpoint": checkpoint, "split": tmp_path / "split"}[kind]).url
-    forks(url, tmp_path / "first")
-    start = time.monotonic()
-    assert forks(url, tmp_path / "undisturbed") == 0
-    seconds = time.monotonic() - start
+    server = serve({"checkpoint": checkpoint, "split": tmp_path / "split"}[kind])
+    assert forks(server, tmp_path / "undisturbed") == 0
+    requests = len(server.requests)
     undisturbed = contents(tmp_path / "undisturbed")
-    moments, killed, resumed = random.Random(kind), 0, 0
+    moments, killed, begun = random.Random(kind), 0, 0
     for number in range(KILLS):
         destination = tmp_path / str(number)
-        if forks(url, destination, moments.uniform(0, seconds)) == -signal.SIGKILL:
+        if forks(server, destination, moments.randint(1, requests), moments.uniform(0, 0.02)) == -signal.SIGKILL:
             killed += 1
             if (destination / "sepweight.json").exists():  # its last moment: all was there already
                 assert undisturbed.items() <= contents(destination).items()
             elif destination.exists():
-                resumed += (destination / ".sepweight.fetch").exists()
+                begun += (destination / ".sepweight.fetch").exists()
                 with pytest.raises(WeightError):
                     llm_sepweight.open(destination)
-        else:
-            seconds *= 0.9  # the machine has become faster
-        assert forks(url, destination) == 0
+        assert forks(server, destination) == 0
         assert contents(destination) == undisturbed
     assert killed > KILLS / 2
-    assert resumed > KILLS / 5
+    assert begun > KILLS / 5
 
 
-def test_a_fetch_that_is_killed_again_and_again_arrives(forks, checkpoint, layout, serve, tmp_path):
-    url = serve(checkpoint).url
-    llm_sepweight.split(checkpoint, tmp_path / "split", layout=layout)
-    start = time.monotonic()
-    assert forks(url, tmp_path / "undisturbed") == 0
-    seconds = time.monotonic() - start
+def test_a_fetch_that_is_killed_again_and_again_arrives(forks, checkpoint, serve, tmp_path):
+    server = serve(checkpoint)
+    assert forks(server, tmp_path / "undisturbed") == 0
+    requests = len(server.requests)
     runs = 0
-    while forks(url, tmp_path / "node", seconds * 0.7) != 0:
+    while forks(server, tmp_path / "node", kill_at=requests * 2 // 3) != 0:
         runs += 1
         assert runs < 20
+    assert runs > 0
     assert contents(tmp_path / "node") == contents(tmp_path / "undisturbed")
