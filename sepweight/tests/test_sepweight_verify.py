@@ -142,6 +142,17 @@ def test_a_source_that_holds_something_else_mends_nothing(directory, checkpoint,
     assert contents(directory) == damaged
 
 
+def test_what_cannot_be_repaired_does_not_keep_the_rest_from_it(directory, checkpoint, layout):
+    flip(directory / "end.safetensors", -2)
+    (directory / "begin.safetensors").unlink()
+    (directory / "begin.safetensors").mkdir()
+    begin, end = verify(directory, source=checkpoint, layout=layout)
+    assert not begin.repaired
+    assert "not a regular file; not repaired: the file cannot be written" in begin.problem
+    assert (end.file, end.repaired) == ("end.safetensors", True)
+    assert [each.file for each in verify(directory)] == ["begin.safetensors"]
+
+
 def test_a_file_that_cannot_be_read_does_not_hide_the_others(directory, monkeypatch):
     flip(directory / "end.safetensors", -2)
     real = WeightFile.read

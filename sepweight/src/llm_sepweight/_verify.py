@@ -67,26 +67,36 @@ def verify(
 
 def _repair(directory: Path, damage: Damage, manifest: Manifest, source: Source) -> Damage:
     """The damage once its file is written anew, if the source has what was in it."""
-    path = directory / damage.file
-    if damage.part is None:
-        data = source.companions().get(damage.file)
-        repaired = data is not None and checksum(data) == manifest.files[damage.file].checksum
-        if data is not None and repaired:
-            write_bytes(path, data)
-    else:
-        info = manifest.parts[damage.part]
-        planned = _planned(source, damage.part, info)
-        contents = None if planned is None else contents_of(source, damage.part, planned)
-        repaired = False
-        if contents is not None:
-            with closing(checksums([contents])) as texts:
-                repaired = next(texts) == info.checksum
-        if contents is not None and repaired:
-            with closing(write_files([(path, contents)])) as texts:
-                repaired = next(texts) == info.checksum
-    if not repaired:
-        return replace(damage, problem=f"{damage.problem}; the source {source.name!r} does not hold what was in it")
-    return replace(damage, repaired=True)
+    rewritten = _companion_rewritten if damage.part is None else _part_rewritten
+    try:
+        if rewritten(directory, damage, manifest, source):
+            return replace(damage, repaired=True)
+        why = f"the source {source.name!r} does not hold what was in it"
+    except WeightError as error:
+        why = f"not repaired: {error}"
+    return replace(damage, problem=f"{damage.problem}; {why}")
+
+
+def _companion_rewritten(directory: Path, damage: Damage, manifest: Manifest, source: Source) -> bool:
+    data = source.companions().get(damage.file)
+    if data is None or checksum(data) != manifest.files[damage.file].checksum:
+        return False
+    write_bytes(directory / damage.file, data)
+    return True
+
+
+def _part_rewritten(directory: Path, damage: Damage, manifest: Manifest, source: Source) -> bool:
+    assert damage.part is not None
+    info = manifest.parts[damage.part]
+    planned = _planned(source, damage.part, info)
+    if planned is None:
+        return False
+    contents = contents_of(source, damage.part, planned)
+    with closing(checksums([contents])) as texts:
+        if next(texts) != info.checksum:
+            return False
+    with closing(write_files([(directory / damage.file, contents)])) as texts:
+        return next(texts) == info.checksum
 
 
 def _planned(source: Source, part: str, info: PartInfo) -> PlannedPart | None:
