@@ -135,16 +135,24 @@ class Experts:
         if self._free:
             return True
         while self._idle:
-            score, unit = heappop(self._idle)
+            score, unit = self._idle[0]
             if unit in self._ready and unit not in self._announced and score == self._score[unit.part]:
+                if score > self._score[self._missing[0][1].part] and self._ahead() > len(self._threads):
+                    return False  # enough is read ahead: what is used more stays, and a slot will be free
                 self._forget(unit)
                 return True
+            heappop(self._idle)
         last = max(self._ready, key=self._announced.__getitem__, default=None)
         if last is None or self._announced[last] < self._missing[0][0]:
             return False
         self._forget(last)
         insort(self._missing, (self._announced[last], last), key=lambda entry: entry[0])
         return True
+
+    def _ahead(self) -> int:
+        """Slots that hold, or wait for, what is to be used before the first of what is missing."""
+        first, _ = self._missing[0]
+        return sum(place < first and unit in self._slot_of for unit, place in self._announced.items())
 
     def _entry(self, unit: Unit) -> tuple[float, Unit]:
         return self._score[unit.part], unit
