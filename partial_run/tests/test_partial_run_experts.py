@@ -159,3 +159,17 @@ def test_an_expert_that_was_not_announced_is_refused():
     with pytest.raises(RuntimeError, match="not announced"):
         experts.take(UNITS["mid.0/experts.1"][0])
     experts.close()
+
+
+@pytest.mark.parametrize("slots", [3, 5, 9])
+def test_experts_that_are_skipped_or_called_in_another_order_are_served_all_the_same(slots):
+    experts = Experts([torch.zeros(1, dtype=torch.uint8) for _ in range(slots)], Reader(), threads=2)
+    rng = random.Random(0)
+    for turn in range(60):
+        layer = f"mid.{turn % 2}"
+        units = [unit for expert in range(4) for unit in UNITS[f"{layer}/experts.{expert}"]]
+        experts.announce(layer, units)
+        for unit in rng.sample(units, rng.randint(1, 12)):
+            assert experts.take(unit).item() == hash(unit) % 251
+            experts.release(unit)
+    experts.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import threading
@@ -235,7 +236,9 @@ def test_a_row_that_overflowed_is_cleared_before_its_cache_is_used_again(toy):
     [
         ([[1, 96]], [2], "the id 96; the vocabulary has 0 to 95"),
         ([[-1, 5]], [2], "the id -1"),
-        ([[1, 2]], [0], "row 0 has 0 tokens"),
+        ([[1, 2]], [0], r"lengths=\[0\]"),
+        ([[1, 2]], [3], r"lengths=\[3\]"),
+        ([[1, 2]], [2, 2], r"give one for each row"),
         ([[1] * 41], [41], "at most context=40"),
         ([[]], [0], "at least one"),
     ],
@@ -318,9 +321,12 @@ def test_a_row_that_idles_between_others_keeps_its_caches_on_disk(toy, tmp_path)
 
 
 def test_caches_on_a_disk_without_direct_access_give_the_same_bits_and_are_counted(toy, tmp_path, monkeypatch):
-    results, read = [], []
+    results, read, dropped = [], [], []
+    advise = os.posix_fadvise
+    monkeypatch.setattr(os, "posix_fadvise", lambda *args: dropped.append(args[-1]) or advise(*args))
     for direct in (True, False):
         if not direct:
+            assert dropped == []
             monkeypatch.delattr(os, "O_DIRECT")
         with run_of(toy, smallest(toy), spill=tmp_path) as run:
             last(run, PROMPTS)
@@ -328,6 +334,7 @@ def test_caches_on_a_disk_without_direct_access_give_the_same_bits_and_are_count
             results.append(last(run, [[*prompt, 7] for prompt in PROMPTS]))
             read.append(run.stats.bytes_read - before - run.plan.streamed)
     assert torch.equal(*results)
+    assert set(dropped) == {os.POSIX_FADV_DONTNEED}  # what lay in the page cache
     assert read[0] == read[1] > 20 * 3 * 2 * 4096  # layers, rows, keys and values, a page at least
 
 
@@ -355,6 +362,77 @@ def test_modules_serve_again_in_another_run_and_a_closed_run_says_so(toy):
     assert torch.equal(*results)
     with pytest.raises(RuntimeError, match="this run is closed"):
         last(run, PROMPTS)
+
+
+def test_what_is_given_to_a_run_stays_as_it_is(toy):
+    layers = {part: module for part, module in toy.parts().items() if part.startswith("mid")}
+    with PartialRun(layers, toy.store, memory="1GiB", **BUDGET) as run:
+        x = torch.randn(1, 5, 32)
+        before = x.clone()
+        first = run(x)
+        assert torch.equal(x, before)
+        assert torch.equal(run(x), first)
+
+
+def test_parts_of_a_run_that_is_open_are_refused_by_another(toy):
+    parts = toy.parts()
+    with PartialRun(parts, toy.store, memory="1GiB", **BUDGET) as run:
+        expected = last(run, PROMPTS)
+        with pytest.raises(ValueError, match=r"mid.00000: qkv belongs to another run"):
+            PartialRun(parts, toy.store, memory="1GiB", **BUDGET)
+        torch.testing.assert_close(last(run, PROMPTS), expected)
+
+
+def test_closing_from_another_thread_lets_a_pass_end_or_raise(toy):
+    ids = torch.tensor([PROMPTS[0]])
+    with run_of(toy, "1GiB") as run:
+        expected = run(ids)
+    for memory in (smallest(toy), "1GiB"):
+        for delay in (0, 1, 2, 4, 8):
+            run = run_of(toy, memory)
+            closer = threading.Timer(delay / 1000, run.close)
+            closer.start()
+            with pytest.raises(RuntimeError, match="closed"):
+                assert all(torch.equal(run(ids), expected) for _ in itertools.count())
+            closer.join()
+    assert not [t for t in threading.enumerate() if t.name.startswith("llm_partial_run reader")]
+
+
+def test_passes_of_runs_in_two_threads_take_turns(toy):
+    seen: list[tuple[str, int]] = []
+
+    def repeat(name: str) -> None:
+        with run_of(toy, "1GiB", progress=lambda what, done, _: what == "pass" and seen.append((name, done))) as run:
+            for _ in range(20):
+                run(torch.tensor([[5]]))
+
+    threads = [threading.Thread(target=repeat, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    starts = [i for i, (_, done) in enumerate(seen) if done == 0]
+    assert {len({name for name, _ in seen[i : i + 23]}) for i in starts} == {1}  # 22 parts, and the end of the pass
+    assert len(starts) == 40
+
+
+def test_more_logits_than_there_is_memory_for_are_refused_before_the_pass(toy):
+    with run_of(toy, smallest(toy, tokens=120, context=400), tokens=120, context=400) as run:
+        caches = run.new_caches(3, 400)
+        with pytest.raises(ValueError, match="logits of 1200 positions take"):
+            run.forward(torch.ones(3, 400, dtype=torch.long))
+        assert run(torch.ones(3, 1, dtype=torch.long), caches=caches).shape == (3, 1, 96)
+
+
+def test_an_error_in_reading_ahead_is_forgotten_with_the_pass_that_failed(toy):
+    with run_of(toy, smallest(toy)) as run:
+        expected = last(run, PROMPTS)
+        toy.store.fail_after = toy.store.reads
+        for _ in range(3):
+            with pytest.raises(OSError, match="the disk is gone"):
+                last(run, [[*prompt, 8] for prompt in PROMPTS])
+        toy.store.fail_after = None
+        torch.testing.assert_close(last(run, PROMPTS), expected)
 
 
 def test_a_draft_tree_sees_by_its_mask(toy):

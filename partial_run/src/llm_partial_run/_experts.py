@@ -16,6 +16,8 @@ from ._units import Unit
 
 FADING = 0.99  # what a use counts for, one use of the layer later: on traces as good as none, and tastes may change
 
+NOW = -1  # the place of what is being used, or waited for: before all others
+
 
 class Experts:
     """Slots for slices of experts, filled by threads as soon as a layer has announced what it needs, in that order.
@@ -55,6 +57,7 @@ class Experts:
             for expert in {unit.part for unit in units}:
                 before = self._score.get(expert, -math.inf)
                 self._score[expert] = now + math.log1p(math.exp(before - now))
+            self._leave()
             self._announced = {unit: i for i, unit in enumerate(units)}
             self._missing = [(i, unit) for i, unit in enumerate(units) if unit not in self._slot_of]
             self._changed.notify_all()
@@ -67,6 +70,11 @@ class Experts:
                 raise RuntimeError(
                     f"{unit} was called and not announced: a layer announces its experts, then calls each of them once"
                 )
+            if unit not in self._slot_of:  # whatever was announced before it
+                self._missing.remove((self._announced[unit], unit))
+                self._missing.insert(0, (NOW, unit))
+                self._changed.notify_all()
+            self._announced[unit] = NOW
             self._changed.wait_for(lambda: self._closed or unit in self._ready)
             self.waited += time.perf_counter() - start
             if self._closed:
@@ -91,17 +99,17 @@ class Experts:
         with self._changed:
             self._missing.clear()
             self._changed.wait_for(lambda: not self._reading)
-            for unit in [unit for unit, result in self._ready.items() if isinstance(result, BaseException)]:
-                self._forget(unit)
-            for unit in self._announced.keys() & self._ready.keys():
-                heappush(self._idle, self._entry(unit))
-            self._announced.clear()
+            self._leave()
 
-    def close(self) -> None:
-        """End the threads, after the reads that they are in."""
+    def stop(self) -> None:
+        """Read no more; whoever waits for a slice gets an error."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the threads, after the reads that they are in."""
+        self.stop()
         for thread in self._threads:
             thread.join()
         self._ready.clear()
@@ -124,6 +132,8 @@ class Experts:
                 self._ready[unit] = result
                 self._reading -= 1
                 self.bytes_read += unit.nbytes
+                if unit not in self._announced:
+                    heappush(self._idle, self._entry(unit))
                 self._changed.notify_all()
 
     def _make_room(self) -> bool:
@@ -148,6 +158,14 @@ class Experts:
         self._forget(last)
         insort(self._missing, (self._announced[last], last), key=lambda entry: entry[0])
         return True
+
+    def _leave(self) -> None:
+        """What was announced and is not used after all may go."""
+        for unit in [unit for unit, result in self._ready.items() if isinstance(result, BaseException)]:
+            self._forget(unit)
+        for unit in self._announced.keys() & self._ready.keys():
+            heappush(self._idle, self._entry(unit))
+        self._announced.clear()
 
     def _ahead(self) -> int:
         """Slots that hold, or wait for, what is to be used before the first of what is missing."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ._caches import SpilledCaches
-from ._memory import format_bytes
 from ._prefixes import Prefixes
 
 if TYPE_CHECKING:
@@ -45,12 +44,11 @@ class Forward:
             logits than the plan has memory for.
         """
         self._run.check_ids(input_ids)
-        nbytes = len(input_ids) * n * self._run.vocab_size * self._run.plan.dtype.itemsize
-        room = self._run.plan.memory - self._run.plan.used + self._run.plan.activations
-        if n > 1 and nbytes > room:
+        self._run.check_logits(len(input_ids) * n if n > 1 else 0)
+        if lengths.shape != input_ids.shape[:1] or not ((lengths >= 1) & (lengths <= input_ids.shape[1])).all():
             raise ValueError(
-                f"logits of {len(input_ids)} x {n} positions are {format_bytes(nbytes)}, more than the "
-                f"{format_bytes(room)} that the plan leaves: ask for fewer at a time"
+                f"lengths={lengths.tolist()} for input_ids {list(input_ids.shape)}: give one for each row, from 1 to "
+                f"{input_ids.shape[1]}"
             )
         prompts = [row[:length] for row, length in zip(input_ids.tolist(), lengths.tolist(), strict=True)]
         for i, prompt in enumerate(prompts):
@@ -60,7 +58,8 @@ class Forward:
                     f"at most context={self._run.plan.context}: shorten it, or plan for a larger context"
                 )
         at_once = self._run.plan.rows
-        return torch.cat([self._group(prompts[i : i + at_once], n) for i in range(0, len(prompts), at_once)])
+        groups = [self._group(prompts[i : i + at_once], n) for i in range(0, len(prompts), at_once)]
+        return groups[0] if len(groups) == 1 else torch.cat(groups)
 
     def _group(self, prompts: list[list[int]], n: int) -> Tensor:
         self._share(prompts)

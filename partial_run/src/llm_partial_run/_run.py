@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ._caches import Caches, SpilledCaches
 from ._forward import Forward
-from ._memory import available, measured_runtime, parse_bytes
+from ._memory import available, format_bytes, measured_runtime, parse_bytes
 from ._plan import Plan, decide
+from ._products import one_pass_at_a_time
 from ._stores import as_store, read_rate
 from ._units import survey
 from ._weights import Progress, Weights, bound
@@ -212,7 +213,10 @@ class PartialRun:
             kv_len = mask.shape[-1]
         elif caches is not None:
             kv_len = _bound(positions, kv_len)
-        with self._lock, torch.inference_mode():
+        if "end" in self.parts and before_end is None:
+            self.check_logits(rows * length)
+        with self._lock, one_pass_at_a_time, torch.inference_mode():
+            self._check_open()
             start = time.perf_counter()
             waited, experts_read = self._weights.waited, self._weights.expert_bytes_read
             self._weights.rewind()
@@ -271,8 +275,10 @@ class PartialRun:
     def close(self) -> None:
         """End the threads, close the files and give the memory back. A second time it does nothing."""
         self._closed = True
-        self._opened.close()
-        self._forward = None
+        self._weights.stop()  # so that a pass in another thread, which has the lock, does not wait for slices
+        with self._lock:
+            self._opened.close()
+            self._forward = None
 
     def __enter__(self) -> PartialRun:
         return self
@@ -308,11 +314,11 @@ class PartialRun:
             self.stats.bytes_read += caches.bytes_read - before
         elif caches is not None:
             cache = caches[part]
-        output = torch.empty_like(x) if len(batches) > 1 else x
+        output = torch.empty_like(x) if len(batches) > 1 else None
         for r, t in batches:
             at = positions[r, t]
             bound = kv_len if kv_len is None or t == slice(None) else _bound(at, kv_len)
-            output[r, t] = self._timed(
+            result = self._timed(
                 module,
                 x[r, t],
                 at,
@@ -321,10 +327,14 @@ class PartialRun:
                 kv_len=bound,
                 mask=None if mask is None else mask[r],
             )
+            if output is None:
+                output = result
+            else:
+                output[r, t] = result
         self._weights.let_go()
         if isinstance(caches, SpilledCaches):
             caches.write(part, rows, positions if slots is None else slots)
-        return output
+        return output  # pyright: ignore[reportReturnType]
 
     def _micro_batches(self, x: Tensor, in_chunks: bool) -> Iterator[tuple[slice, slice]]:
         """Whole rows together where they are short; one row, in chunks where a cache joins them, where it is long."""
@@ -354,6 +364,16 @@ class PartialRun:
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("this run is closed: use it within its `with` block")
+
+    def check_logits(self, positions: int) -> None:
+        """Refuse more logits than the plan has memory for; they are there twice while they are put together."""
+        nbytes = 2 * positions * self.vocab_size * self.plan.dtype.itemsize
+        room = self.plan.memory - self.plan.used + self.plan.activations
+        if positions > self.plan.rows and nbytes > room:
+            raise ValueError(
+                f"logits of {positions} positions take {format_bytes(nbytes)}, more than the {format_bytes(room)} that the "
+                "plan leaves: ask for fewer at a time"
+            )
 
     def check_ids(self, input_ids: Tensor) -> None:
         if input_ids.dim() != 2 or input_ids.is_floating_point() or not input_ids.numel():

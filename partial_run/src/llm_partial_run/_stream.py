@@ -72,9 +72,10 @@ class Stream:
             self._changed.notify_all()
 
     def rewind(self) -> None:
-        """Start over with the first unit, where the last pass was left in the middle."""
+        """Start over with the first unit, where the last pass was left in the middle, or reading ahead has failed."""
         with self._changed:
-            if self._taken % len(self._units) == 0 and self._released == self._taken:
+            failed = any(isinstance(result, BaseException) for result in self._filled.values())
+            if self._taken % len(self._units) == 0 and self._released == self._taken and not failed:
                 return
             self._changed.wait_for(lambda: len(self._filled) == self._claimed - self._taken)
             if self._source is not None:
@@ -84,11 +85,15 @@ class Stream:
             self._filled.clear()
             self._changed.notify_all()
 
-    def close(self) -> None:
-        """End the threads, after the reads that they are in."""
+    def stop(self) -> None:
+        """Read no more; whoever waits for a unit gets an error."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the threads, after the reads that they are in."""
+        self.stop()
         for thread in self._threads:
             thread.join()
         self._filled.clear()

@@ -47,6 +47,9 @@ class Weights:
         self._stream: Stream | None = None  # what the Linears take from: the disk's, or the device's
         self._experts: Experts | None = None
         self._opened = ExitStack()
+        for part, module in parts.items():
+            if taken := [name for name, linear in linears_of(module).items() if _serves(linear)]:
+                raise ValueError(f"{part}: {taken[0]} belongs to another run: close that one, or make the parts anew")
         try:
             self._load(progress)
             self._start()
@@ -88,6 +91,12 @@ class Weights:
             if unit.part == part and unit not in self._local:
                 self._take(unit)
                 self._release()
+
+    def stop(self) -> None:
+        """Let whoever waits for a slice know that it will not come."""
+        for source in (self._stream, self._disk, self._experts):
+            if source is not None:
+                source.stop()
 
     def close(self) -> None:
         """Give the modules their own `forward` back, end the threads, drop the weights."""
@@ -194,10 +203,13 @@ class Weights:
 
     def _linear(self, linear: nn.Linear, units: list[Unit], compute: Compute, x: Tensor) -> Tensor:
         bias = linear._parameters["bias"]
-        outputs = [
-            compute(unit, x, None if bias is None else bias[unit.start : unit.stop]) for unit in units
-        ]  # each [..., rows of the slice]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        if len(units) == 1:
+            return compute(units[0], x, bias)
+        output = x.new_empty(*x.shape[:-1], linear.out_features)
+        for unit in units:
+            rows = slice(unit.start, unit.stop)
+            output[..., rows] = compute(unit, x, None if bias is None else bias[rows])
+        return output
 
     def _slice(self, unit: Unit, x: Tensor, bias: Tensor | None) -> Tensor:
         if unit in self._local:
@@ -216,6 +228,12 @@ class Weights:
     def _release(self) -> None:
         until = torch.cuda.current_stream(self._device).record_event() if self._pinned else None
         self._stream.release(until)  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def _serves(linear: nn.Linear) -> bool:
+    """Whether a Linear computes with the slices of a run that is open."""
+    function = getattr(vars(linear).get("forward"), "func", None)
+    return getattr(function, "__func__", None) is Weights._linear
 
 
 def _announce(experts: Experts, part: str, units: list[list[Unit]], chosen: list[int]) -> None:
