@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -386,3 +388,21 @@ def test_the_readmes_program_runs(tmp_path: Path, capsys: pytest.CaptureFixture[
     built(transformers.LlamaConfig(**{**L, "vocab_size": plain.get_vocab_size()})).save_pretrained(tmp_path)
     exec(compile(program.replace("Qwen/Qwen3-0.6B", str(tmp_path)), "README.md", "exec"), {})
     assert len(capsys.readouterr().out) > 5
+
+
+def test_requests_in_many_threads_get_the_text_that_each_gets_alone() -> None:
+    model = built(CONFIGS["llama"])
+    prompts = [[*range(40), i % 3] for i in range(8)]  # rows that take each other's blocks
+    settings: dict[str, Any] = dict(max_new_tokens=20, temperature=0.7, seed=1)
+    plain = llm_sampler.from_huggingface(model, cache=False)
+    expected = [llm_sampler.generate(plain, [prompt], **settings)[0].tokens for prompt in prompts]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(4):
+            shared = llm_sampler.from_huggingface(model)
+            with ThreadPoolExecutor(8) as pool:
+                texts = pool.map(lambda p, f=shared: llm_sampler.generate(f, [p], **settings)[0].tokens, prompts)
+                assert list(texts) == expected
+    finally:
+        sys.setswitchinterval(before)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,6 +85,7 @@ class HuggingFaceForward:
             self.max_length = original if max_length is None else max_length
         self._cache_class = _cache_class(model) if cache else None
         self._keep = keep
+        self._lock = threading.RLock()  # one call at a time: it takes blocks that others have
         self._blocks: list[_Block] = []  # the one used last is the last
         self._index: list[tuple[list[int], _Block, int]] = []  # every row of every block, sorted by its ids
         takes = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
@@ -101,11 +103,12 @@ class HuggingFaceForward:
             raise ValueError("the model is in training mode, in which dropout changes its logits: call model.eval()")
         rows = [row[:length] for row, length in zip(input_ids.tolist(), lengths.tolist(), strict=True)]
         self._check(rows, n)
-        if self._cache_class is not None:
-            heads = self._shared_beginnings(rows)
-            if heads:
-                self._pass(heads, 1)
-        return self._pass(rows, n)
+        with self._lock:
+            if self._cache_class is not None:
+                heads = self._shared_beginnings(rows)
+                if heads:
+                    self._pass(heads, 1)
+            return self._pass(rows, n)
 
     @torch.no_grad()
     def tree_logits(self, input_ids: Tensor, parents: Tensor) -> Tensor:
@@ -116,11 +119,13 @@ class HuggingFaceForward:
         table, nodes = parents.tolist(), parents.shape[1]
         rows = [row[: own[0] + 1 + nodes] for row, own in zip(input_ids.tolist(), table, strict=True)]
         self._check(rows, nodes, spare=nodes - 1)  # nodes beside each other take no more positions
-        return self._pass(rows, nodes, table)
+        with self._lock:
+            return self._pass(rows, nodes, table)
 
     def clear(self) -> None:
         """Let go of all keys and values."""
-        self._blocks, self._index = [], []
+        with self._lock:
+            self._blocks, self._index = [], []
 
     def _pass(self, rows: list[list[int]], n: int, parents: list[list[int]] | None = None) -> Tensor:
         found = [self._longest(row) for row in rows]
