@@ -139,6 +139,46 @@ def test_parts_that_are_complete_are_not_written_again(forks, sharded, tmp_path,
     assert seen[-1][0] == seen[-1][1]
 
 
+def unfinished(forks, sharded: Path, destination: Path, in_place: bool) -> list[Path]:
+    """Split until some parts are complete and, in place, something is freed; gives the files of these parts."""
+    for step in range(30, 200, 5):
+        assert forks(sharded, destination, in_place, step)[0] == -9
+        kept = sorted(destination.glob("*.safetensors"))
+        if kept and (len(list(sharded.glob("*.safetensors"))) < 5) == in_place:
+            return kept
+    raise AssertionError("the split was killed too early each time")
+
+
+def damage(file: Path) -> None:
+    """Other bytes, the same size."""
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_complete_part_that_was_damaged_is_written_again(forks, sharded, tmp_path, layout):
+    for file in unfinished(forks, sharded, tmp_path / "split", in_place=False):
+        damage(file)
+    llm_sepweight.split(sharded, tmp_path / "split", layout=layout)
+    assert llm_sepweight.verify(tmp_path / "split") == []
+
+
+def test_nothing_more_is_freed_for_a_part_that_was_damaged_since(forks, sharded, tmp_path, layout):
+    destination = tmp_path / "split"
+    kept = unfinished(forks, sharded, destination, in_place=True)
+    sound = {file: file.read_bytes() for file in kept}
+    before = contents(sharded)
+    for file in kept:
+        damage(file)
+    with pytest.raises(WeightError, match="the part is damaged, and model-.* is freed already.*part (begin|mid|end)"):
+        llm_sepweight.split(sharded, destination, layout=layout, in_place=True)
+    assert contents(sharded) == before
+    for file, data in sound.items():
+        file.write_bytes(data)
+    llm_sepweight.split(sharded, destination, layout=layout, in_place=True)
+    assert llm_sepweight.verify(destination) == []
+
+
 def test_a_record_whose_last_line_was_cut_short_counts_without_it(forks, sharded, tmp_path, layout):
     destination = tmp_path / "split"
     assert forks(sharded, destination, False, 40)[0] == -9

@@ -53,11 +53,10 @@ def write_parts(
             journal = begin_journal(directory, {**order, "fingerprint": fingerprint, **catalog})
         with closing(journal):
             _check_fingerprint(journal, fingerprint, freeing is not None)
-            if not complete:
-                _write_missing(source, parts, journal, progress, freeing)
-                model = _model(source, dtype, journal.done if parts == everything else {})
-                manifest = _with_companions(source, parts, journal, directory, model)
-                write_bytes(directory / MANIFEST, manifest.to_bytes())
+            _write_missing(source, parts, journal, progress, freeing)
+            model = _model(source, dtype, journal.done if parts == everything else {})
+            manifest = _with_companions(source, parts, journal, directory, model)
+            write_bytes(directory / MANIFEST, manifest.to_bytes())
         if freeing is not None:
             freeing.finish(parts)
         remove_journal(directory)
@@ -82,7 +81,10 @@ def _write_missing(
 ) -> None:
     """Write the parts that the journal does not have, and enter them."""
     directory = journal.path.parent
-    kept = {part: info for part, info in journal.done.items() if _has_size(directory / parts[part].file, info.nbytes)}
+    kept = {part: info for part, info in journal.done.items() if _is_sound(directory / parts[part].file, info)}
+    for part in journal.done.keys() - kept.keys():
+        _check_there(source, part, parts[part], directory)
+    journal.done = dict(kept)  # nothing is freed for the others
     missing = [part for part in parts if part not in kept]
     total = sum(planned.nbytes for planned in parts.values())
     done = sum(info.nbytes for info in kept.values())
@@ -109,8 +111,17 @@ def _write_missing(
                 freeing.free(journal.done)
 
 
-def _has_size(path: Path, nbytes: int) -> bool:
-    return path.exists() and path.stat().st_size == nbytes
+def _is_sound(path: Path, info: FileInfo) -> bool:
+    return path.exists() and path.stat().st_size == info.nbytes and file_checksum(path) == info.checksum
+
+
+def _check_there(source: Source, part: str, planned: PlannedPart, directory: Path) -> None:
+    """A part that was complete, and is so no more, can be written again only from what was not freed for it."""
+    files = {Path(extent.file) for name in planned.order for extent in source.parts[part][name].extents}
+    if gone := sorted(file.name for file in files if not file.exists()):
+        problem = f"the part is damaged, and {gone[0]}, which it was made from, is freed already"
+        remedy = "Put the file back from a backup, or that shard from where the checkpoint came from; then run it again."
+        raise WeightError(problem, file=directory / planned.file, part=part, remedy=remedy)
 
 
 def _read_back(path: Path, text: str) -> None:
