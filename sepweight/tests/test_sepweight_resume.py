@@ -141,10 +141,10 @@ def test_parts_that_are_complete_are_not_written_again(forks, sharded, tmp_path,
 
 def unfinished(forks, sharded: Path, destination: Path, in_place: bool) -> list[Path]:
     """Split until some parts are complete and, in place, something is freed; gives the files of these parts."""
-    for step in range(30, 200, 5):
+    for step in range(30, 200, 2):
         assert forks(sharded, destination, in_place, step)[0] == -9
         kept = sorted(destination.glob("*.safetensors"))
-        if kept and (len(list(sharded.glob("*.safetensors"))) < 5) == in_place:
+        if kept and len(list(sharded.glob("*.safetensors"))) in ((1, 2, 3, 4) if in_place else (5,)):
             return kept
     raise AssertionError("the split was killed too early each time")
 
@@ -175,6 +175,30 @@ def test_nothing_more_is_freed_for_a_part_that_was_damaged_since(forks, sharded,
     assert contents(sharded) == before
     for file, data in sound.items():
         file.write_bytes(data)
+    llm_sepweight.split(sharded, destination, layout=layout, in_place=True)
+    assert llm_sepweight.verify(destination) == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_nothing_else_is_written_over_an_unfinished_split_in_place(forks, sharded, tensors, tmp_path, layout, stream):
+    destination = tmp_path / "split"
+    unfinished(forks, sharded, destination, in_place=True)
+    (destination / ".sepweight.lock").unlink()  # the killed one left it
+    before = contents(destination)
+    config = json.loads((sharded / "config.json").read_text())
+    zeros = {key: torch.zeros_like(tensor) for key, tensor in tensors.items()}
+    only_copy = "Do not remove the directory: it holds the only copy of parts"
+    with pytest.raises(WeightError, match=f"unfinished split of 'checkpoint'.*{only_copy}"):
+        llm_sepweight.dump([zeros] if stream else zeros, destination, config=config, layout=layout)
+    with pytest.raises(WeightError, match=f"other options.*{only_copy}"):
+        llm_sepweight.split(sharded, destination, layout=layout, dtype=torch.float32, in_place=True)
+    shard = next(sharded.glob("*.safetensors"))
+    times = shard.stat().st_mtime_ns
+    os.utime(shard)
+    with pytest.raises(WeightError, match=f"source has changed.*{only_copy}"):
+        llm_sepweight.split(sharded, destination, layout=layout, in_place=True)
+    assert contents(destination) == before
+    os.utime(shard, ns=(times, times))
     llm_sepweight.split(sharded, destination, layout=layout, in_place=True)
     assert llm_sepweight.verify(destination) == []
 

@@ -17,8 +17,9 @@ from llm_sepweight._copying import Piece, Progress, fill, literal, write_files
 from llm_sepweight._errors import WeightError
 from llm_sepweight._freeing import Freeing
 from llm_sepweight._header import DTYPES, file_order, make_header
+from llm_sepweight._journal import read_journal
 from llm_sepweight._manifest import MANIFEST
-from llm_sepweight._parts import write_parts
+from llm_sepweight._parts import check_not_needed, write_parts
 from llm_sepweight._source import StoreSource
 from llm_sepweight._store import WeightStore, open
 from llm_sepweight._writing import make_directory
@@ -59,6 +60,7 @@ def dump(
     if (directory / MANIFEST).exists():
         remedy = "Choose another destination, or remove this one first."
         raise WeightError("there is a split model here already", file=directory / MANIFEST, remedy=remedy)
+    check_not_needed(read_journal(directory))
     stage = directory / STAGE
     if stage.exists():  # of one that was killed
         shutil.rmtree(stage)

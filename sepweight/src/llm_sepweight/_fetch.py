@@ -17,7 +17,7 @@ from llm_sepweight._copying import Piece, literal
 from llm_sepweight._download import Download, download, forget
 from llm_sepweight._errors import WeightError
 from llm_sepweight._header import header_length, parse_header
-from llm_sepweight._journal import JOURNAL
+from llm_sepweight._journal import read_journal
 from llm_sepweight._manifest import (
     MANIFEST,
     FileInfo,
@@ -246,8 +246,9 @@ def _checker(
 def _here(directory: Path, found: Found, remote: Remote) -> Manifest:
     """What the destination holds already, which must be of the same model."""
     remedy = "Choose another destination, or remove this one first."
-    if (directory / JOURNAL).exists():
-        raise WeightError("there is a split here that is not finished", file=directory, remedy=remedy)
+    if (journal := read_journal(directory)) is not None:
+        problem = "there is a split here that is not finished"
+        raise WeightError(problem, file=directory, remedy=journal.remedy(remedy))
     if not (directory / MANIFEST).exists():
         return replace(found.manifest, parts={}, files={})
     here = read_manifest(directory)

@@ -26,6 +26,18 @@ class Journal:
     done: dict[str, FileInfo] = field(default_factory=dict)
     file: FileIO | None = None
 
+    @property
+    def only_copy(self) -> bool:
+        """Whether parts may be here and nowhere else: those of a split in place, unless it is of a copy that `dump` made."""
+        return bool(self.plan.get("in_place")) and self.plan.get("fingerprint") is not None
+
+    def remedy(self, otherwise: str) -> str:
+        """What to do about an unfinished split that is in the way: `otherwise`, where nothing would be lost with it."""
+        if not self.only_copy:
+            return otherwise
+        keep = "Do not remove the directory: it holds the only copy of parts, since that split is in place."
+        return f"{keep} Finish that one, as it was begun."
+
     def add(self, part: str, info: FileInfo) -> None:
         """Remember, beyond a crash, that a part is complete."""
         self.done[part] = info
@@ -61,7 +73,9 @@ def read_journal(directory: Path) -> Journal | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError) as error:
-        remedy = "Remove the directory, and split again."
+        remedy = (
+            "If that split was in place, the directory holds the only copy of parts. If not, remove it and split again."
+        )
         raise WeightError("the record of an unfinished split cannot be read", file=path, remedy=remedy) from error
     if torn:
         with naming(path):

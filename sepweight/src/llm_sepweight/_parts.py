@@ -43,11 +43,15 @@ def write_parts(
         order = {**_identity(source, parts), "in_place": freeing is not None}
         fingerprint = source.fingerprint()
         complete = (directory / MANIFEST).exists()
-        journal = read_journal(directory) if complete or fingerprint is not None else None
+        journal = read_journal(directory)
+        if fingerprint is None:
+            check_not_needed(journal)
+            journal = None
         if journal is not None:
             _check_order(journal, order)
         elif complete:
-            return _check_same(source, parts, directory, progress)
+            _check_same(source, parts, directory, progress)
+            return remove_journal(directory)
         else:
             catalog = {} if freeing is None else {"catalog": freeing.catalog()}
             journal = begin_journal(directory, {**order, "fingerprint": fingerprint, **catalog})
@@ -120,7 +124,9 @@ def _check_there(source: Source, part: str, planned: PlannedPart, directory: Pat
     files = {Path(extent.file) for name in planned.order for extent in source.parts[part][name].extents}
     if gone := sorted(file.name for file in files if not file.exists()):
         problem = f"the part is damaged, and {gone[0]}, which it was made from, is freed already"
-        remedy = "Put the file back from a backup, or that shard from where the checkpoint came from; then run it again."
+        remedy = (
+            "Put the file back from a backup, or that shard from where the checkpoint came from; then run it again."
+        )
         raise WeightError(problem, file=directory / planned.file, part=part, remedy=remedy)
 
 
@@ -140,7 +146,15 @@ def _identity(source: Source, parts: Mapping[str, PlannedPart]) -> dict[str, Any
 def _check_order(journal: Journal, order: Mapping[str, Any]) -> None:
     if any(journal.plan.get(name) != value for name, value in order.items()):
         problem = f"there is an unfinished split of {journal.plan.get('source')!r} here, with other options or tensors"
-        raise WeightError(problem, file=journal.path.parent, remedy="Finish that one, or remove the directory.")
+        remedy = journal.remedy("Finish that one, or remove the directory.")
+        raise WeightError(problem, file=journal.path.parent, remedy=remedy)
+
+
+def check_not_needed(journal: Journal | None) -> None:
+    """Raises WeightError where an unfinished split in place has parts here that are nowhere else."""
+    if journal is not None and journal.only_copy:
+        problem = f"there is an unfinished split of {journal.plan.get('source')!r} here"
+        raise WeightError(problem, file=journal.path.parent, remedy=journal.remedy(""))
 
 
 def _check_fingerprint(journal: Journal, found: Mapping[str, Any] | None, freed: bool) -> None:
@@ -149,7 +163,7 @@ def _check_fingerprint(journal: Journal, found: Mapping[str, Any] | None, freed:
     for name in {**begun, **found}:
         if begun.get(name) != found.get(name) and not (freed and name not in found):
             problem = "the source has changed since the split that is unfinished here began"
-            remedy = f"Remove {journal.path.parent}, and split again."
+            remedy = journal.remedy(f"Remove {journal.path.parent}, and split again.")
             raise WeightError(problem, file=name, remedy=remedy)
 
 
