@@ -280,6 +280,23 @@ def _place(model, key):
     return places(model, find_blocks(model))[key]
 
 
+@pytest.mark.parametrize("kind", [AutoModelForCausalLM, AutoModel])
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        (dict(attention_bias=False), r"model.layers.\d.self_attn.._proj.bias"),
+        (dict(num_hidden_layers=3), "model.layers.3.*"),
+    ],
+)
+def test_a_key_that_the_module_lacks_is_named(tmp_path, changes, key, kind):
+    path = save(hf.LlamaConfig(**LLAMA, attention_bias=True), tmp_path)
+    hf.LlamaConfig(**LLAMA | dict(attention_bias=True) | changes).save_pretrained(path)
+    with pytest.raises(ValueError, match=f"checkpoint key '{key}' has no place in this Llama"):
+        offloaded(path, on_meta(path, kind))
+    layout = llm_partial_run.layout_from_module(on_meta(path))
+    assert layout("model.layers.0.self_attn.rotary_emb.inv_freq", {}) == []
+
+
 @pytest.mark.parametrize("wrong", [torch.zeros(5, 32), torch.zeros(32, 32, dtype=torch.int8)])
 def test_a_tensor_of_the_wrong_shape_or_dtype_is_named(tmp_path, wrong):
     path = save(CONFIGS["llama"], tmp_path)
@@ -339,8 +356,10 @@ print(memory, int(peak) * 1024, run.plan.streamed, run.plan.resident)
             ),
             20 << 20,
         ),
+        (hf.FalconConfig(hidden_size=1024, num_hidden_layers=6, num_attention_heads=1024, vocab_size=4096, alibi=True,
+                         bias=True, multi_query=False, parallel_attn=False), 4 << 20),
     ],
-    ids=["llama", "gpt2", "mixtral"],
+    ids=["llama", "gpt2", "mixtral", "falcon rw"],
 )  # fmt: skip
 def test_the_process_stays_within_its_memory(config, more, tmp_path):
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)

@@ -64,6 +64,7 @@ def test_keys_that_change_nothing_at_inference_are_ignored():
         "skip_bias_add_qkv": False,
     }
     assert read(**harmless) == read()
+    assert read(slow_but_exact=True, pretraining_tp=1) == read()
 
 
 @pytest.mark.parametrize(
@@ -72,6 +73,7 @@ def test_keys_that_change_nothing_at_inference_are_ignored():
         ({"model_type": "falcon"}, "falcon"),
         ({"model_type": None}, "model_type None"),
         ({"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm True"),
+        ({"slow_but_exact": True, "pretraining_tp": 4}, "slow_but_exact True with pretraining_tp 4"),
         ({"quantization_config": {"bits": 8}}, "quantization_config"),
         ({"hidden_size": None}, "hidden_size .*None"),
         ({"hidden_size": 30}, "hidden_size 30"),

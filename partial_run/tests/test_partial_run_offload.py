@@ -251,7 +251,7 @@ def test_a_read_error_while_loading_leaves_the_module_as_it_was(case):
 def test_the_inner_module_and_fewer_blocks_may_be_called_alone(case):
     with case.offload(case.smallest()) as run:
         expected = run.module(IDS)
-        every, run.module.blocks = run.module.blocks, nn.ModuleList(list(run.module.blocks)[:5])
+        every, run.module.blocks = run.module.blocks, nn.ModuleList(list(run.module.blocks)[:5]).eval()
         with pytest.warns(UserWarning, match=r"after.weight\[0:16\] was asked for when it was not its turn"):
             early = run.module(IDS)  # as an early exit does
         run.module.blocks = every
@@ -323,6 +323,46 @@ def test_training_and_gradients_are_refused(case):
         with torch.no_grad():
             module.blocks[0](x)
         assert not module(IDS).requires_grad
+
+
+def test_training_mode_of_an_inner_module_is_refused(case):
+    module = on_meta()
+    module.blocks[3].norm.train()
+    with pytest.raises(ValueError, match=r"LayerNorm is in training mode"):
+        case.offload(module=module)
+
+
+@pytest.mark.parametrize("inside", ["after", "blocks.11.norm"])
+def test_gradients_that_begin_inside_are_refused(case, inside):
+    with case.offload(case.smallest()) as run:
+        expected = run.module(IDS)
+        shift = torch.zeros(HIDDEN, requires_grad=True)
+        run.module.get_submodule(inside).register_forward_hook(lambda module, args, output: output + shift)
+        with pytest.raises(RuntimeError, match=r"weight is offloaded, and its input requires gradients"):
+            run.module(IDS)
+        with torch.no_grad():
+            assert torch.equal(run.module(IDS), expected)
+
+
+@pytest.mark.parametrize("name", ["blocks.4.up", "after"])
+@pytest.mark.parametrize("whole_blocks", [False, True])
+def test_a_forward_of_the_instance_is_called_and_kept(case, name, whole_blocks):
+    module = on_meta()
+    for changed in (module, case.resident):
+        linear = changed.get_submodule(name)
+        linear.forward = lambda x, linear=linear: 2 * F.linear(x, linear.weight)
+    own = module.get_submodule(name).forward
+    with case.offload(module=module, whole_blocks=whole_blocks):
+        torch.testing.assert_close(module(IDS), case.resident(IDS), atol=2e-5, rtol=0)
+    assert vars(module.get_submodule(name))["forward"] is own
+
+
+def test_a_key_that_the_module_has_no_place_for_is_named():
+    layout = layout_from_module(on_meta())
+    with pytest.raises(ValueError, match=r"checkpoint key 'blocks.12.up.weight' has no place in this Model"):
+        layout("blocks.12.up.weight", {})
+    assert layout("head.weight", {}) == []  # tied: read from the embedding
+    assert layout("embed.scale", {}) == []  # computed
 
 
 def test_a_module_that_does_not_fit_the_weights_is_named(case):

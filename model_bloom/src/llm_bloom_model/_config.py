@@ -71,6 +71,11 @@ class Config:
             if key in config and config[key] not in neutral:
                 raise ValueError(f"{key} {config[key]!r} is not supported for model_type {model_type!r}")
 
+        if config.get("slow_but_exact") and (config.get("pretraining_tp") or 1) > 1:
+            raise ValueError(
+                f"slow_but_exact {config['slow_but_exact']!r} with pretraining_tp {config['pretraining_tp']!r} is not "
+                "supported: sums are then rounded by slices; set slow_but_exact to false"
+            )
         hidden_size, num_attention_heads = _named(config, "hidden_size"), _named(config, "num_attention_heads")
         if hidden_size % num_attention_heads:
             raise ValueError(

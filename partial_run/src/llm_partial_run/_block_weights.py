@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ._absent import Absent
-from ._kinds import Survey, kind_of
+from ._kinds import Survey
 from ._plan import Plan
 from ._stores import page_aligned
 from ._units import Unit
-from ._weights import Progress, Weights, bound
+from ._weights import Compute, Progress, Weights, bound
 
 PAGE = mmap.PAGESIZE
 
@@ -115,7 +115,7 @@ class BlockWeights(Weights):
     def _bind(self) -> None:
         for (part, name), module in self._survey.sliced.items():
             units = self._by_tensor[part, name]
-            if kind_of(module) == "linear":
+            if type(module) is nn.Linear:
                 self._replace_forward(module, functools.partial(self._linear, module, units, self._slice))
             else:
                 self._replace_forward(module, functools.partial(self._falcon, module, units))
@@ -132,6 +132,9 @@ class BlockWeights(Weights):
         module.forward = forward
         self._opened.callback(lambda: (module.__dict__.pop("forward", None), module.__dict__.update(own)))
 
+    def _unbind(self) -> None:
+        """What `_replace_forward` set goes with the rest: a `forward` of somebody else's stays."""
+
     def _stand_in(self, part: str, name: str, rows: Callable[[Tensor], Tensor] | None) -> None:
         shape = self._survey.whole.get((part, name)) or self._store.tensors(part)[name].shape
         absent = Absent.like(f"{part}: {name}", torch.Size(shape), self._plan.dtype, self._device, rows)
@@ -144,7 +147,12 @@ class BlockWeights(Weights):
 
     # Computing
 
+    def _linear(self, linear: nn.Linear, units: list[Unit], compute: Compute, x: Tensor) -> Tensor:
+        refuse_gradients(f"{units[0].part}: {units[0].name}", x)
+        return super()._linear(linear, units, compute, x)
+
     def _falcon(self, module: nn.Linear, units: list[Unit], x: Tensor) -> Tensor:
+        refuse_gradients(f"{units[0].part}: {units[0].name}", x)
         outputs = []  # each [..., rows of the slice]
         for unit in units:
             with self._slice_of(unit) as rows:
@@ -155,6 +163,7 @@ class BlockWeights(Weights):
 
     def _call(self, module: nn.Module, tensor: tuple[str, str], x: Tensor) -> Tensor:
         """The module's own forward, with its matrix in one piece."""
+        refuse_gradients(": ".join(tensor), x)
         with bound(module, "weight", self._assemble(tensor, self._room[self._room_used :])):
             return type(module).forward(module, x)
 
@@ -214,3 +223,11 @@ class BlockWeights(Weights):
             if other.part.startswith("mid") and other.part not in (here, unit.part):
                 return None
         return None
+
+
+def refuse_gradients(name: str, *inputs: Tensor) -> None:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        raise RuntimeError(
+            f"{name} is offloaded, and its input requires gradients, which would be wrong once its weights are gone: "
+            "call it under torch.no_grad()"
+        )

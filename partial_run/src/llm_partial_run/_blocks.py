@@ -10,6 +10,9 @@ from typing import Any
 from torch import nn
 
 Layout = Callable[[str, Mapping[str, Any]], list[Any]]
+COMPUTED = re.compile(
+    r"(^|\.)(attn|attention)\.(masked_)?bias$|(^|\.)rotary_emb\.inv_freq$"
+)  # buffers that were stored once
 
 
 def find_blocks(module: nn.Module, blocks: str | Iterable[nn.Module] | None = None) -> dict[str, nn.Module]:
@@ -79,15 +82,16 @@ def layout_from_module(module: nn.Module, *, blocks: str | Iterable[nn.Module] |
 
     Keys are those of `state_dict`. A tied tensor is read from the first name that the module has for it. For a
     transformers model keys are renamed as `from_pretrained` renames them, with or without the prefix of the base model.
-    Keys that the module has no place for are dropped.
+    Dropped are old checkpoints' computed buffers, what the module itself ignores, and for a base model the keys beside it.
 
     :param blocks: as for `offload`.
-    :returns: `layout(key, config) -> [(part, name)]`, as `llm_sepweight.open` takes it.
+    :returns: `layout(key, config) -> [(part, name)]`, as `llm_sepweight.open` takes it. It raises ValueError naming a key for
+        which the module has no place.
 
     >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 9))
     >>> layout = layout_from_module(model)
-    >>> layout("0.weight", {}), layout("1.1.bias", {}), layout("2.bias", {}), layout("3.bias", {})
-    ([('begin', '0.weight')], [('mid.00001', 'bias')], [('end', '2.bias')], [])
+    >>> layout("0.weight", {}), layout("1.1.bias", {}), layout("2.bias", {})
+    ([('begin', '0.weight')], [('mid.00001', 'bias')], [('end', '2.bias')])
     """
     named = places(module, find_blocks(module, blocks))
     first: dict[int, str] = {}
@@ -103,9 +107,26 @@ def layout_from_module(module: nn.Module, *, blocks: str | Iterable[nn.Module] |
             if spelling in belongs:
                 found = belongs[spelling]
                 return list(found) if index is None else [(part, name, index) for part, name in found]
+        if not _dropped(module, name, prefix):
+            raise ValueError(
+                f"checkpoint key {key!r} has no place in this {type(module).__name__}, whose config may have fewer layers "
+                "or no biases. Do module and checkpoint belong together?"
+            )
         return []
 
     return layout
+
+
+def _dropped(module: nn.Module, name: str, prefix: str) -> bool:
+    """Whether a key that the module reads nothing from may be in its checkpoint all the same."""
+    held = {*module.state_dict(keep_vars=True), *dict(module.named_buffers())}  # tied to another, or computed
+    if held & {name, prefix + name, name.removeprefix(prefix)} or COMPUTED.search(name):
+        return True
+    if any(re.search(pattern, name) for pattern in getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()):
+        return True
+    is_base = bool(prefix) and not hasattr(module, prefix.removesuffix("."))
+    beside = not name.startswith(prefix) and name.partition(".")[0] not in dict(module.named_children())
+    return is_base and beside
 
 
 def _part(i: int) -> str:

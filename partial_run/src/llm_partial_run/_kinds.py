@@ -30,7 +30,13 @@ class Survey:
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """How a module computes with its `weight`: "linear", "falcon" or "conv1d"; None where that is not known."""
+    """How a module computes with its `weight`: "linear", "falcon" or "conv1d"; None where that is not known.
+
+    Nor is it known where the instance has a forward of its own, unless that is only its class's.
+    """
+    own = vars(module).get("forward")
+    if own is not None and getattr(own, "__func__", None) is not type(module).forward:
+        return None
     if type(module) is nn.Linear:
         return "linear"
     name = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -130,10 +136,12 @@ def cache_nbytes(module: nn.Module, rows: int, context: int, dtype: torch.dtype)
 
 
 def _scores(module: nn.Module, context: int) -> int:
-    """Elements per token of attention scores, for a model that holds all of them at once."""
+    """Elements per token of attention scores, and of a mask for each head, for a model that holds all of them at once."""
     config = _text_config(module)
     eager = getattr(config, "_attn_implementation", None) == "eager"
-    return 3 * context * config.num_attention_heads if eager and hasattr(config, "num_attention_heads") else 0
+    alibi = bool(getattr(config, "alibi", False))  # Falcon's goes into the mask, which is then one of each row and head
+    held = 6 * eager + alibi
+    return -(-held * context * getattr(config, "num_attention_heads", 0) // 2)  # the plan counts a width twice
 
 
 def _routed(module: nn.Module) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ._absent import Absent
-from ._block_weights import BlockWeights
+from ._block_weights import BlockWeights, refuse_gradients
 from ._blocks import find_blocks, parts_of, places
 from ._buffers import computed_buffers
 from ._kinds import Survey, cache_nbytes, survey_blocks
@@ -22,6 +22,8 @@ from ._plan import Plan, decide
 from ._run import DEFAULT_SHARE, MARGIN, SLACK, Stats
 from ._stores import as_store, read_rate
 from ._weights import Progress, bound
+
+FOREIGN = 16 << 20  # what a module's own code imports and allocates when it is called for the first time
 
 
 def offload(
@@ -152,7 +154,7 @@ class Offload:
             device_memory = int(torch.cuda.mem_get_info(self._device)[0] * DEFAULT_SHARE)
         allowed = int(available() * DEFAULT_SHARE) if memory is None else parse_bytes(memory)
         counted = (
-            measured_runtime(allowed, model.dtype) + MARGIN + allowed // 512
+            measured_runtime(allowed, model.dtype) + MARGIN + FOREIGN + allowed // 512
             if runtime is None
             else parse_bytes(runtime)
         )
@@ -227,11 +229,7 @@ class Offload:
                 "Give blocks= in the order in which they are called; a block that is called twice cannot be streamed"
             )
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            raise RuntimeError(
-                f"{self.blocks[i]} is offloaded, and its input requires gradients, which would be wrong once its weights "
-                "are gone: call it under torch.no_grad()"
-            )
+        refuse_gradients(self.blocks[i], *tensors)
         if i == 0 and tensors:
             self._check_tokens(tensors[0])
         self._next = i + 1
@@ -267,7 +265,8 @@ class Offload:
 
 
 def _check_mode(module: nn.Module) -> None:
-    if module.training:
+    training = next((child for child in module.modules() if child.training), None)
+    if training is not None:
         raise ValueError(
-            f"{type(module).__name__} is in training mode, and offloading is for inference: call its eval() first"
+            f"{type(training).__name__} is in training mode, and offloading is for inference: call its eval() first"
         )

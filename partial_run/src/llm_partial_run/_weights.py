@@ -100,11 +100,7 @@ class Weights:
 
     def close(self) -> None:
         """Give the modules their own `forward` back, end the threads, drop the weights."""
-        for module in self._parts.values():
-            for linear in linears_of(module).values():
-                linear.__dict__.pop("forward", None)
-            if routed := getattr(module, "routed", None):
-                module.get_submodule(routed).__dict__.pop("announce", None)
+        self._unbind()
         self._opened.close()
         self._disk = self._stream = self._experts = self._held = None
         self._kept.clear()
@@ -198,6 +194,13 @@ class Weights:
             if experts:
                 announced: Any = module.get_submodule(module.routed)  # pyright: ignore
                 announced.announce = functools.partial(_announce, self._experts, part, list(experts.values()))
+
+    def _unbind(self) -> None:
+        for module in self._parts.values():
+            for linear in linears_of(module).values():
+                linear.__dict__.pop("forward", None)
+            if routed := getattr(module, "routed", None):
+                module.get_submodule(routed).__dict__.pop("announce", None)
 
     # Computing
 
