@@ -289,6 +289,23 @@ def test_what_cannot_be_freed_is_refused_in_place(sharded, tmp_path, layout):
     assert (sharded / "elsewhere").exists()
 
 
+def test_a_shard_that_is_named_like_a_part_is_not_written_over(sharded, layout):
+    index = sharded / "model.safetensors.index.json"
+    (sharded / "model-1.safetensors").rename(sharded / "begin.safetensors")
+    index.write_text(index.read_text().replace("model-1", "begin"))
+    before = contents(sharded)
+    with pytest.raises(WeightError, match="a file that the source needs.*begin.safetensors.*another destination"):
+        llm_sepweight.split(sharded, sharded, layout=layout, in_place=True)
+    assert contents(sharded) == before
+
+
+def test_an_index_that_was_not_read_stays(sharded, layout, tmp_path):
+    other = sharded / "pytorch_model.bin.index.json"
+    other.write_text("{}")
+    llm_sepweight.split(sharded, tmp_path / "split", layout=layout, in_place=True)
+    assert [path.name for path in sharded.glob("*.index.json")] == [other.name]
+
+
 def test_a_part_that_reads_back_otherwise_frees_nothing(sharded, tmp_path, layout, monkeypatch):
     before = contents(sharded)
     monkeypatch.setattr(_parts, "file_checksum", lambda path: "xxh3_128:" + "0" * 32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,12 @@ class Freeing:
                 remedy = "Split it without in_place, and remove the cache's copy."
                 raise WeightError("a link cannot be freed in place", file=file, remedy=remedy)
 
-    def begin(self, everything: Mapping[str, PlannedPart]) -> None:
-        """everything: all parts of the model. One that is not written holds on to its files."""
+    def begin(self, everything: Mapping[str, PlannedPart], written: Iterable[Path]) -> None:
+        """everything: all parts of the model. One that is not written holds on to its files. written: the files to be."""
+        for path in filter(Path.exists, written):
+            if any(path.samefile(file) for file in self._files if Path(file).exists()):
+                problem = "a part is to be written to a file that the source needs"
+                raise WeightError(problem, file=path, remedy="Choose another destination.")
         taken: dict[str, set[str]] = {file: set() for file in self._files}
         for part, planned in everything.items():
             for name in planned.order:
@@ -49,11 +53,12 @@ class Freeing:
             del self._takers[file]
 
     def finish(self, done: Collection[str]) -> None:
-        """All parts are complete: an index of files that are all gone goes, too."""
+        """All parts are complete: the index of files that are all gone goes, too."""
         self.free(done)
         if not self._takers:
+            suffix = Path(self._files[0]).suffix
             for name, _ in FORMS:
-                if name.endswith(".json"):
+                if name.endswith(".json") and Path(name.removesuffix(".index.json")).suffix == suffix:
                     remove(self._source.store.path / name)
 
     def catalog(self) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def write_parts(
     everything = plan(source.parts, dtype)
     parts = {part: everything[part] for part in needed(everything, spec)}
     if freeing is not None:
-        freeing.begin(everything)
+        freeing.begin(everything, [directory / planned.file for planned in parts.values()])
     make_directory(directory)
     with locked(directory):
         order = {**_identity(source, parts), "in_place": freeing is not None}
