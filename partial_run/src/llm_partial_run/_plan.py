@@ -11,8 +11,8 @@ import torch
 from ._memory import format_bytes
 from ._units import Model, Unit
 
-READERS = 3  # reads in flight: what disks need to be busy while one of them has just ended
-AHEAD = READERS + 2  # slots of the ring: those being read, the next one, and the one being computed
+READERS = 4  # reads in flight: what disks need to be busy while one of them has just ended
+AHEAD = READERS + 5  # slots of the ring: those being read, and as many more as the computation may stand still for
 MICRO_BATCH = 128  # tokens that go through a layer at once: enough for matrix kernels, little beside the weights
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SLICE = 8 << 20  # bytes: one read. Larger ones are no faster, and the ring takes several of them from the resident set
+SLICE = 4 << 20  # bytes: one read. Larger ones are no faster, and fewer of them fit in a ring of the same size
 
 
 @dataclass(frozen=True, order=True)
