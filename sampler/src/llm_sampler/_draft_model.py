@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ._drafts import Draft, positive
-from ._draw import draw
+from ._draw import draw, log_probabilities
 from ._forward import Forward, ForwardFunc
 from ._row import Row
 from ._sampler import Sampler
@@ -113,7 +113,7 @@ class DraftModel(DraftTree):
 
 def probabilities(scores: Scores, place: int, vocabulary: int) -> Tensor:
     """What a row draws from, as a distribution [vocabulary] in float64."""
-    values = scores.values[place].double().softmax(-1)
+    values = log_probabilities(scores.values[place]).exp_()
     full = values.new_zeros(max(vocabulary, scores.vocabulary) + 1)  # the last is for columns without a candidate
     if scores.ids is None:
         full[: len(values)] = values

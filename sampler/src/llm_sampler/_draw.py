@@ -45,6 +45,12 @@ def draw(scores: Scores, uniforms: list[float]) -> tuple[Tensor, Tensor]:
     return tokens.squeeze(-1), (values.gather(-1, index).double() - highest - total.log()).squeeze(-1)
 
 
+def log_probabilities(values: Tensor) -> Tensor:
+    """Of candidates [..., K] in float64; masked ones are -inf, and change nothing for the others, as in `draw`."""
+    distances = values.double() - values.amax(-1, keepdim=True)
+    return distances - distances.exp().cumsum_(-1)[..., -1:].log()
+
+
 def _mix(x: int) -> int:
     x = (x + _GOLDEN) & _MASK
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK

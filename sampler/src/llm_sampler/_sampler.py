@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._draw import draw
+from ._draw import draw, log_probabilities
 from ._row import History, Row, Table
 from ._scores import Scores, peaks_of
 from ._stages import Apply, chain
@@ -129,7 +129,7 @@ class Sampler:
             counts = [self._top[row.index] for row in rows]
             before = logits.float() - processed.highest - processed.norm
             raw_tops = _most_likely(Scores(before, None, logits.shape[-1]), counts)
-            after = scores.with_values(scores.values.log_softmax(-1))
+            after = scores.with_values(log_probabilities(scores.values).float())
             tops = list(zip(raw_tops, _most_likely(after, counts), strict=True))
         return [
             Drawn(int(token), logprob, processed_logprob, *top)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._draft_model import ACCEPT
 from ._drafts import Draft, Drafter
-from ._draw import draw
+from ._draw import draw, log_probabilities
 from ._forward import Forward
 from ._row import Row
 from ._sampler import Drawn, Sampler
@@ -146,7 +146,7 @@ def _rejecting(sampler: Sampler, logits: Tensor, walks: Sequence[_Walk]) -> list
         children = walk.children()
         if not children:
             continue
-        given = scores.values[place].double().softmax(-1)
+        given = log_probabilities(scores.values[place]).exp_()
         ids = torch.arange(len(given), device=given.device) if scores.ids is None else scores.ids[place]
         p, taken = given, None
         for i, node in enumerate(children):
@@ -174,5 +174,5 @@ def _rest(p: Tensor, ids: Tensor, at: int | None, q: Tensor | None) -> Tensor:
         rest = p.clone()
         if at is not None:
             rest[at] = 0
-    total = rest.sum()
+    total = rest.cumsum(-1)[-1]  # one after the other: what has no mass changes nothing
     return rest / total if float(total) > 0 else p

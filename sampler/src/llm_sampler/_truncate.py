@@ -1,7 +1,8 @@
 """Stages that change the shape of the distribution, or keep only some of its tokens.
 
 Each is built from one value per row and narrows `Scores`; the most likely token survives all but typical and XTC, and
-at least one survives each.
+at least one survives each. How many candidates a row has beside its own, masked ones, depends on its neighbours; so
+sums are exact, or taken one after the other, and masked candidates change not even a rounding.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from ._row import XTC, History
 from ._scores import Scores
 
 NO_LIMIT = 1 << 62
+_MOST = (1 << 63) - 1
 _LN_2 = math.log(2)
 _WORTH_BINS = 4096  # below this many candidates sorting them is as fast
 _FEW = 256
@@ -47,11 +49,11 @@ def top_n_sigma(n: list, *, device: torch.device):
         values = scores.values
         present = values > -torch.inf
         count = present.sum(-1, keepdim=True)
-        known = values.masked_fill(~present, 0)
-        mean = known.sum(-1, keepdim=True) / count
-        variance = ((known - mean).masked_fill_(~present, 0) ** 2).sum(-1, keepdim=True) / count
+        known = values.double().masked_fill_(~present, 0)
+        mean = known.cumsum(-1)[:, -1:] / count
+        variance = known.sub_(mean).masked_fill_(~present, 0).square_().cumsum_(-1)[:, -1:] / count
         within = (factor * variance.sqrt()).masked_fill_(factor == torch.inf, torch.inf)  # where that is inf * 0 too
-        return scores.at_least(values.amax(-1, keepdim=True) - within)
+        return scores.at_least((values.amax(-1, keepdim=True) - within).float())
 
     return apply
 
@@ -73,19 +75,20 @@ def top_k(k: list, *, device: torch.device):
 
 def top_p(p: list, *, device: torch.device):
     """Keep the smallest set of most likely tokens with mass >= p, the lower id first on ties (Holtzman et al. 2019)."""
-    share = torch.tensor(p, dtype=torch.float64, device=device).unsqueeze(-1)
+    share = _precise(p, device)
 
     def apply(scores: Scores, history: History) -> Scores:
-        highest = scores.values.amax(-1, keepdim=True)
-        needed = share * scores.values.double().sub_(highest).exp_().cumsum_(-1)[:, -1:]
-        needed = needed.masked_fill(share == 1, torch.inf)  # everything, whatever the rounding of the sums
-        head = scores
+        weights = _weights(scores)
+        needed, head = _share_of(weights, share), scores
         if scores.values.shape[-1] >= _WORTH_BINS:  # the set is a small one as a rule: look for it among the first few
             values, head = scores.largest(_FEW)
             head = head.at_least(values[:, -1:])
-            if bool(((head.values.double() - highest).exp().sum(-1, keepdim=True) <= needed).any()):
+            few = _weights(head)
+            if bool((few.sum(-1, keepdim=True) < needed).any()):
                 head = scores
-        return head.masked(_smallest_set(head.values, head.values.double().sub(highest).exp_(), needed))
+            else:
+                weights = few
+        return head.masked(_smallest_set(head.values, weights, needed))
 
     return apply
 
@@ -102,48 +105,50 @@ def min_p(p: list, *, device: torch.device):
 
 def typical_p(p: list, *, device: torch.device):
     """Keep the smallest set with mass >= p of tokens whose surprisal is nearest to the entropy (Meister et al. 2022)."""
-    share = torch.tensor(p, dtype=torch.float64, device=device).unsqueeze(-1)
+    share = _precise(p, device)
 
     def apply(scores: Scores, history: History) -> Scores:
-        logprobs = scores.values.log_softmax(-1)
-        weights = logprobs.double().exp_()
-        distance = (logprobs + _entropy(logprobs)).abs_()  # |-log p - H|, inf where masked
-        needed = (share * weights.sum(-1, keepdim=True)).masked_fill(share == 1, torch.inf)
-        return scores.masked(_smallest_set(-distance, weights, needed))
+        weights = _weights(scores)
+        distance = (scores.values.double() - _log_total(scores, weights)).add_(_entropy(scores, weights)).abs_()
+        return scores.masked(
+            _smallest_set(-distance, weights, _share_of(weights, share))
+        )  # |-log p - H|, inf if masked
 
     return apply
 
 
 def epsilon_cutoff(epsilon: list, *, device: torch.device):
     """Keep the tokens with probability >= epsilon, and the most likely one (Hewitt et al. 2022)."""
-    threshold = column([math.log(value) if value > 0 else -math.inf for value in epsilon], device)
+    threshold = _precise([math.log(value) if value > 0 else -math.inf for value in epsilon], device)
 
     def apply(scores: Scores, history: History) -> Scores:
-        return _with_logprob(scores, threshold)
+        return _with_logprob(scores, threshold, _weights(scores))
 
     return apply
 
 
 def eta_cutoff(epsilon: list, *, device: torch.device):
     """Keep probabilities >= min(epsilon, sqrt(epsilon) * exp(-entropy)), and the largest (Hewitt et al. 2022)."""
-    log_epsilon = column([math.log(value) if value > 0 else -math.inf for value in epsilon], device)
+    log_epsilon = _precise([math.log(value) if value > 0 else -math.inf for value in epsilon], device)
 
     def apply(scores: Scores, history: History) -> Scores:
-        entropy = _entropy(scores.values.log_softmax(-1))
-        return _with_logprob(scores, torch.minimum(log_epsilon, log_epsilon / 2 - entropy))
+        weights = _weights(scores)
+        least = torch.minimum(log_epsilon, log_epsilon / 2 - _entropy(scores, weights))
+        return _with_logprob(scores, least, weights)
 
     return apply
 
 
 def xtc(probability: list, threshold: list, *, device: torch.device):
     """With `probability`, drop all tokens that reach `threshold` but the least likely of them, if there are two."""
-    limit = column(threshold, device)
+    limit = _precise(threshold, device)
 
     def apply(scores: Scores, history: History) -> Scores:
         happens = [row.uniform(XTC) < p for row, p in zip(history.rows, probability, strict=True)]
         if not any(happens):
             return scores
-        reach = scores.values.softmax(-1) >= limit
+        weights = _weights(scores)
+        reach = weights >= _share_of(weights, limit)
         least = scores.values.masked_fill(~reach, torch.inf).amin(-1, keepdim=True)
         places = torch.arange(reach.shape[-1], device=device)
         last = places.masked_fill(~(reach & (scores.values == least)), -1).amax(
@@ -163,14 +168,58 @@ def mirostat(tau: list, eta: list, *, device: torch.device):
     on = torch.tensor([value is not None for value in tau], device=device).unsqueeze(-1)
 
     def apply(scores: Scores, history: History) -> Scores:
-        mu = column([row.mu for row in history.rows], device)
-        return _with_logprob(scores, torch.where(on, -mu * _LN_2, -torch.inf))
+        mu = _precise([row.mu for row in history.rows], device)
+        return _with_logprob(scores, torch.where(on, -mu * _LN_2, -torch.inf), _weights(scores))
 
     return apply
 
 
 def column(values: list, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(-1)
+
+
+def _precise(values: list, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=device).unsqueeze(-1)
+
+
+def _weights(scores: Scores) -> Tensor:
+    """Each candidate's probability relative to the largest [B, K], as a whole number of 2 ** -bits: sums are exact."""
+    values = scores.values
+    return _whole(values.double().sub_(values.amax(-1, keepdim=True)).exp_(), scores)
+
+
+def _whole(parts: Tensor, scores: Scores) -> Tensor:
+    return parts.mul_(2.0 ** _bits(scores)).round_().long()
+
+
+def _bits(scores: Scores) -> int:
+    """So many that a sum of ones over the vocabulary is below 2 ** 63."""
+    return 62 - scores.vocabulary.bit_length()
+
+
+def _share_of(weights: Tensor, share: Tensor) -> Tensor:
+    """The least whole number that is `share` [B, 1] of their sum; more than there is where that is 1."""
+    needed = (share * weights.sum(-1, keepdim=True)).ceil_().long()
+    return needed.masked_fill_(share == 1, _MOST)
+
+
+def _log_total(scores: Scores, weights: Tensor) -> Tensor:
+    """log of the sum of exp(values), [B, 1] in float64."""
+    total = weights.sum(-1, keepdim=True) * 2.0 ** -_bits(scores)
+    return total.log_().add_(scores.values.amax(-1, keepdim=True))
+
+
+def _entropy(scores: Scores, weights: Tensor) -> Tensor:
+    """Of each row [B, 1], in nats."""
+    total = weights.sum(-1, keepdim=True)
+    surprise = _whole(torch.special.entr(weights * 2.0 ** -_bits(scores)), scores)
+    return (total * 2.0 ** -_bits(scores)).log_().add_(surprise.sum(-1, keepdim=True) / total)
+
+
+def _with_logprob(scores: Scores, least: Tensor, weights: Tensor) -> Scores:
+    """The candidates with log-probability >= least [B, 1], and the most likely ones in any case."""
+    threshold = (least + _log_total(scores, weights)).float()
+    return scores.at_least(torch.minimum(threshold, scores.values.amax(-1, keepdim=True)))
 
 
 def _smallest_set(order: Tensor, weights: Tensor, needed: Tensor) -> Tensor:
@@ -201,14 +250,3 @@ def _first_sorted(order: Tensor, weights: Tensor, needed: Tensor) -> Tensor:
     mass = weights.gather(-1, place).cumsum_(-1)
     before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], dim=-1)
     return torch.zeros_like(place, dtype=torch.bool).scatter_(-1, place, before < needed)
-
-
-def _with_logprob(scores: Scores, least: Tensor) -> Scores:
-    """The candidates with log-probability >= least [B, 1], and the most likely ones in any case."""
-    highest = scores.values.amax(-1, keepdim=True)
-    return scores.at_least(torch.minimum(least + scores.values.logsumexp(-1, keepdim=True), highest))
-
-
-def _entropy(logprobs: Tensor) -> Tensor:
-    """Of each row [B, 1], in nats."""
-    return torch.special.entr(logprobs.exp()).sum(-1, keepdim=True)

@@ -1,0 +1,134 @@
+"""A row among others is the row alone, bit for bit: exact ties show any sum that depends on who else is there."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llm_sampler import HUGGING_FACE_ORDER, generate
+from llm_sampler._row import History, Row, Table
+from llm_sampler._scores import Scores
+from llm_sampler._stages import STAGES
+
+SIZES = [23, 5003]  # few candidates are sorted, many are counted into bins
+SETTINGS: dict[str, dict[str, Any]] = {
+    "temperature": {"temperature": 0.7},
+    "top_n_sigma": {"top_n_sigma": 1.0},
+    "top_k": {"top_k": 9},
+    "top_p": {"top_p": 0.5},
+    "min_p": {"min_p": 0.05},
+    "typical_p": {"typical_p": 0.5},
+    "epsilon_cutoff": {"epsilon_cutoff": 0.05},
+    "eta_cutoff": {"eta_cutoff": 0.2},
+    "xtc": {"xtc_probability": 1.0, "xtc_threshold": 0.125},
+    "mirostat": {"mirostat_tau": 1.5, "mirostat_eta": 0.5},
+    "repetition_penalty": {"repetition_penalty": 2.0},
+}
+
+
+def whole_logits(count: int, size: int, seed: int) -> Tensor:
+    """Rows of whole numbers times log 2, so that probabilities are in simple ratios; some rows flat, some peaked."""
+    g = torch.Generator().manual_seed(seed)
+    spread = torch.randint(1, 12, (count, 1), generator=g)
+    logits = (torch.randn(count, size, generator=g) * spread).round() * math.log(2)
+    logits[torch.rand(count, size, generator=g) < torch.rand(count, 1, generator=g)] = -math.inf
+    logits[:, 1] = 0.0
+    return logits
+
+
+def drawn(logits: Tensor, rows: list[int], options: dict[str, Any]) -> list:
+    """Three tokens of each row; its prompt tells the model which logits are its own."""
+    own = [logits.roll(shift, dims=1) for shift in range(3)]
+
+    def forward(ids: Tensor) -> Tensor:
+        return own[ids.shape[1] - 1][ids[:, :1]].expand(-1, ids.shape[1], -1)
+
+    prompts = [[row] for row in rows]
+    return generate(forward, prompts, max_new_tokens=3, seed=[row + 7 for row in rows], top_logprobs=3, **options)
+
+
+def differences(logits: Tensor, options: dict[str, Any], order: Any = None) -> list[int]:
+    rows = list(range(len(logits)))
+    together = drawn(logits, rows, {**options, "order": order})
+    alone = [drawn(logits, [row], {**options, "order": order})[0] for row in rows]
+    return [
+        row
+        for row in rows
+        if (together[row].tokens, together[row].processed_logprobs, together[row].top_processed_logprobs)
+        != (alone[row].tokens, alone[row].processed_logprobs, alone[row].top_processed_logprobs)
+    ]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("after", [{}, {"top_k": 12}, {"min_p": 2**-7}], ids=["alone", "after top_k", "after min_p"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_stage_gives_a_row_the_same_whoever_is_beside_it(name: str, after: dict[str, Any], size: int) -> None:
+    order = [*after, *(stage for stage in HUGGING_FACE_ORDER if stage == name and stage not in after)]
+    for seed in range(4):
+        assert differences(whole_logits(6, size, seed), {**SETTINGS[name], **after}, order) == []
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 1 << 30),
+    st.sampled_from(SIZES),
+    st.lists(st.sampled_from(sorted(SETTINGS)), min_size=2, max_size=5, unique=True),
+    st.sampled_from([None, "llama.cpp", "as listed"]),
+)
+def test_so_does_any_chain_of_stages(seed: int, size: int, names: list[str], order: str | None) -> None:
+    options = {key: value for name in names for key, value in SETTINGS[name].items()}
+    assert differences(whole_logits(5, size, seed), options, names if order == "as listed" else order) == []
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 1 << 30), st.data())
+def test_so_do_rows_with_settings_of_their_own(seed: int, data: st.DataObject) -> None:
+    logits = whole_logits(5, 5003, seed)
+    choices = [data.draw(st.sampled_from([{}, *SETTINGS.values()])) for _ in logits]
+    each = {key: [choice.get(key) for choice in choices] for key in {key for choice in choices for key in choice}}
+    together = drawn(logits, list(range(5)), each)
+    for row in range(5):
+        [alone] = drawn(logits, [row], {key: values[row] for key, values in each.items()})
+        assert (together[row].tokens, together[row].processed_logprobs) == (alone.tokens, alone.processed_logprobs)
+
+
+@pytest.mark.parametrize(
+    "name", ["top_n_sigma", "top_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "xtc", "mirostat"]
+)
+def test_what_is_masked_beside_a_rows_candidates_changes_nothing_at_exact_ties(name: str) -> None:
+    """The same candidates alone, between masked ones, and in front of many of them, which is where neighbours lead."""
+    g = torch.Generator().manual_seed(5)
+    for trial in range(150):
+        size = int(torch.randint(2, 90, (1,), generator=g))
+        values = torch.randint(0, int(torch.randint(1, 5, (1,), generator=g)), (1, size), generator=g) * (
+            math.log(2) if trial % 2 else 0.3
+        )
+        share = values.double().softmax(-1)[0].sort(descending=True).values
+        tie = min(float(share[: int(torch.randint(1, size + 1, (1,), generator=g))].sum()), 1.0)
+        one = min(float(share[int(torch.randint(0, size, (1,), generator=g))]), 0.999)
+        setting = {"top_n_sigma": [1.0], "top_p": [tie], "typical_p": [tie], "xtc": [1.0]}.get(name, [one])
+        survivors = []
+        for width in (size, size + 5, 3 * size, 5003, 70_001):
+            places = torch.randperm(width, generator=g)[:size].sort().values if width < 5003 else torch.arange(size)
+            spread = torch.full((1, width), -math.inf)
+            spread[0, places] = values[0]
+            survivors.append(survivors_of(name, spread, setting, one)[places].tolist())
+        assert survivors == [survivors[0]] * len(survivors)
+
+
+def survivors_of(name: str, values: Tensor, setting: list, threshold: float) -> Tensor:
+    row = Row(0, [0], 1, end=9, shortest=0, key=0, stops=frozenset(), mirostat_tau=1.0)
+    row.mu = -math.log2(threshold)
+    second = {"xtc": [[threshold]], "mirostat": [[0.1]]}.get(name, [])
+    cpu = torch.device("cpu")
+    stage = STAGES[name].build(setting, *second, device=cpu)
+    # of a vocabulary of 70,001: what is beyond these columns was dropped before
+    scores = Scores(values, torch.arange(values.shape[1]).unsqueeze(0), 70_001)
+    out = stage(scores, History(Table([row], 0, cpu), [row], cpu))
+    return out.widened().values[0, : values.shape[1]].isfinite()
