@@ -181,6 +181,23 @@ def test_stop_strings_before_the_minimum_of_new_tokens_do_not_count() -> None:
     assert pieces == ["a", ".", "b", ""]
 
 
+@pytest.mark.parametrize(
+    ("text", "stops", "least", "end"),
+    [
+        ("aUser: b", ["User:"], 3, "a"),  # begun before the minimum, completed after it
+        ("ab.c.", ["b.", ".c."], 4, "ab"),  # completed before it: overlooked, though it is held for another one
+        ("xabab", ["ab"], 4, "xab"),
+        ("xababa", ["aba"], 5, "xab"),  # overlaps with one that was overlooked
+        ("a.b.c", ["."], 2, "a"),  # completed by the very token that reaches it
+    ],
+)
+def test_a_stop_string_counts_where_it_is_completed_once_the_minimum_is_reached(
+    text: str, stops: list[str], least: int, end: str
+) -> None:
+    _, finished, got = run(text, stops, min_new_tokens=least)
+    assert (finished, got) == ("stop_string", end)
+
+
 def test_the_first_of_several_stop_strings_ends_the_text() -> None:
     table = [b"ab", b"cdXef", b"gh"]
     logits = torch.eye(3).roll(1, dims=1) * 50

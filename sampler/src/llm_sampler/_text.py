@@ -71,20 +71,24 @@ class StopText:
         self._text = Detokenizer(decode)
         self._stop_strings = stop_strings
         self._held = ""
+        self._overlooked = 0  # of what is held: a stop string that ends in there does not count
 
     def push(self, token: int, *, may_stop: bool = True) -> tuple[str, bool]:
-        """The text that is now certain, and whether a stop string ended it; with may_stop=False none does."""
+        """The text that is now certain, and whether a stop string ended it.
+
+        With may_stop=False none does; one that has begun by then counts where a later token completes it.
+        """
         self._held += self._text.push(token)
         if not may_stop:
-            piece, self._held = self._held, ""
-            return piece, False
-        found = [place for stop in self._stop_strings if (place := self._held.find(stop)) >= 0]
+            self._overlooked = len(self._held)
+        found = [place for stop in self._stop_strings if (place := self._find(stop)) >= 0]
         if found:
             piece, self._held = self._held[: min(found)], ""
             self._text.flush()
             return piece, True
         keep = max((_overlap(self._held, stop) for stop in self._stop_strings), default=0)
         cut = len(self._held) - keep
+        self._overlooked = max(0, self._overlooked - cut)
         piece, self._held = self._held[:cut], self._held[cut:]
         return piece, False
 
@@ -92,6 +96,9 @@ class StopText:
         """What is still held back, at the end."""
         piece, self._held = self._held + self._text.flush(), ""
         return piece
+
+    def _find(self, stop: str) -> int:
+        return self._held.find(stop, max(0, self._overlooked - len(stop) + 1))
 
 
 def _overlap(text: str, stop: str) -> int:
