@@ -101,6 +101,15 @@ def test_temperature_zero_beside_another_row_leaves_that_row_alone() -> None:
     assert out[1].tolist() == [0.5, 1.0]
 
 
+@pytest.mark.parametrize("tiny", [1e-7, 1e-30, 1e-39, 5e-324])
+def test_a_tiny_temperature_keeps_the_most_likely_tokens_whatever_the_logits(tiny: float) -> None:
+    for logits in ([1.0, 2.0, 2.0, -INF], [3e38, -3e38, 3e38, 1e38], [-1e9, -3.0, -3.0, -4.0]):
+        out = apply("temperature", torch.tensor([logits, [1.0, 2.0, 3.0, 4.0]]), [tiny, 2.0])
+        assert not bool(out.isnan().any())
+        assert (out[0].softmax(-1) > 1e-6).tolist() == [value == max(logits) for value in logits]
+        assert out[1].tolist() == [0.5, 1.0, 1.5, 2.0]
+
+
 def test_repetition_penalty_counts_each_token_once_and_padding_never() -> None:
     history = history_of(([1], [1, 2]), ([1], []))
     logits = torch.tensor([[4.0, 4.0, -4.0, 4.0]] * 2)
@@ -286,7 +295,11 @@ def rows(draw: st.DrawFn) -> Tensor:
 @settings(max_examples=150, deadline=None)
 @given(rows(), st.sampled_from(["top_k", "top_p", "min_p"]), st.data())
 def test_survivors_are_those_of_the_definition(logits: Tensor, name: str, data: st.DataObject) -> None:
-    domain = {"top_k": st.integers(1, 320), "top_p": st.floats(1e-6, 1.0), "min_p": st.floats(0.0, 1.0)}[name]
+    domain = {
+        "top_k": st.integers(1, 320),
+        "top_p": st.floats(1e-6, 1 - 1e-9) | st.just(1.0),
+        "min_p": st.floats(0.0, 1.0),
+    }[name]
     values = [data.draw(domain) for _ in logits]
     out = apply(name, logits, values).isfinite()
     for row, value, result in zip(logits, values, out, strict=True):

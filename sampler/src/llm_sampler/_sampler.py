@@ -201,5 +201,5 @@ def _error(row: Row, highest: float, left: float) -> ValueError:
         )
     wrong = "no token is left" if left == -math.inf else f"a score became {left}"
     return ValueError(
-        f"{place}: {wrong} after the stages; check vocab_size, penalties, constraints and what excludes ids"
+        f"{place}: {wrong} after the stages; check vocab_size, temperature, penalties, constraints and what excludes ids"
     )

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from ._row import XTC, History
-from ._scores import Scores
+from ._scores import LOWEST, Scores
 
 NO_LIMIT = 1 << 62
 _MOST = (1 << 63) - 1
 _LN_2 = math.log(2)
+_TINY = 1e-6  # temperatures by which a logit may not be divided in float32
+_LEAST = torch.finfo(torch.float32).tiny
 _WORTH_BINS = 4096  # below this many candidates sorting them is as fast
 _FEW = 256
 _BINS, _BINS_PER_NAT = 4096, 64
@@ -26,12 +28,18 @@ _BINS, _BINS_PER_NAT = 4096, 64
 def temperature(temperature: list, *, device: torch.device):
     """Divide by it; where it is 0, keep the most likely token only."""
     greedy = torch.tensor([t == 0 for t in temperature], device=device).unsqueeze(-1)
-    divisor = column([t or 1.0 for t in temperature], device)
+    divisor = column([max(t, _LEAST) if t else 1.0 for t in temperature], device)
+    tiny = torch.tensor([0 < t < _TINY for t in temperature], device=device).unsqueeze(-1)
 
     def apply(scores: Scores, history: History) -> Scores:
         if all(t == 0 for t in temperature):
             return scores.best()
-        values = scores.values.div_(divisor) if scores.owned else scores.values / divisor
+        values = scores.values
+        if any(0 < t < _TINY for t in temperature):  # quotients of distances to the largest cannot overflow
+            highest = values.amax(-1, keepdim=True).clamp(min=LOWEST)
+            values = (values - highest.masked_fill(~tiny, 0)).div_(divisor)
+        else:
+            values = values.div_(divisor) if scores.owned else values / divisor
         if any(t == 0 for t in temperature):
             best = scores.best().ids
             ids = scores.ids if scores.ids is not None else torch.arange(values.shape[-1], device=device)
