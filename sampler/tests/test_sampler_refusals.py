@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_sampler import sample
+from llm_sampler import beam_search, sample
 
 NAN = math.nan
 
@@ -173,3 +173,60 @@ def test_no_token_left_within_vocab_size_names_row_and_step() -> None:
     for temperature in (1, 0):
         with pytest.raises(ValueError, match="row 0, step 0: no token is left"):
             list(sample(forward, [[0]], max_new_tokens=1, vocab_size=2, temperature=temperature))
+
+
+class Claiming:
+    """A forward function over 8 ids that says how many there are."""
+
+    def __init__(self, vocab_size: Any):
+        self.vocab_size = vocab_size
+        self.calls = 0
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        self.calls += 1
+        return flat_logits(ids)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
+def test_ids_beyond_what_a_forward_says_it_knows_are_refused_before_it_runs(options: dict[str, Any]) -> None:
+    forward = Claiming(8)
+    call = beam_search if options else sample
+    with pytest.raises(ValueError, match="input_ids: row 1 holds the id 8, and the vocabulary has 8"):
+        call(forward, [[1], [2, 8]], max_new_tokens=2, **options)
+    with pytest.raises(ValueError, match="stop_ids: row 0 holds the id 9, and the vocabulary has 8"):
+        call(forward, [[1]], max_new_tokens=2, stop_ids=9, **options)
+    assert forward.calls == 0
+
+
+@pytest.mark.parametrize(
+    ("claim", "message"),
+    [
+        (9, "step 0: forward_func returned 8 logits per position, and its vocab_size is 9"),
+        ("8", "forward_func.vocab_size is '8'; it must be an integer >= 1"),
+        (0, "forward_func.vocab_size is 0"),
+    ],
+)
+def test_a_vocab_size_that_cannot_be_true_is_refused(claim: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        next(sample(Claiming(claim), [[1]], max_new_tokens=1))
+    assert next(sample(Claiming(7), [[1]], max_new_tokens=1)).rows == (0,)  # a padded head
+
+
+def test_an_index_error_of_the_forward_names_row_position_and_id() -> None:
+    table = torch.zeros(5, 5)
+    told = (
+        "step 0: forward_func raised IndexError: .* The largest id that it was given is 7, of row 2 at position 1; if "
+    )
+    with pytest.raises(IndexError, match=told) as raised:
+        next(sample(lambda ids: table[ids], [[1], [1], [2, 7, 1]], max_new_tokens=1))
+    assert isinstance(raised.value.__cause__, IndexError)
+    steps = sample(lambda ids: torch.zeros(*ids.shape, 9).index_fill(-1, table.argmax(-1)[ids[0]] + 8, 9.0), [[1]],
+                   max_new_tokens=2, temperature=0)  # fmt: skip
+    next(steps)
+    with pytest.raises(IndexError, match="step 1: .* given is 8, of row 0 at position 1"):
+        next(steps)
+
+
+def test_logits_that_are_numpys_name_the_remedy() -> None:
+    with pytest.raises(ValueError, match=r"returned ndarray, .* wrap it as `lambda ids: torch.as_tensor\(model\("):
+        next(sample(lambda ids: flat_logits(ids).numpy(), [[1]], max_new_tokens=1))  # type: ignore[arg-type,return-value]

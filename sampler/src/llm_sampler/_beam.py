@@ -94,6 +94,8 @@ def beam_search(
     given |= {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "seed": 0, "n": 1, "order": order}
     given |= {"input_ids": input_ids, "vocab_size": vocab_size, "pad_id": pad_id, "device": device}
     prompts, sampler = prepared(given)
+    if forward.vocab_size is not None:
+        check_ids(prompts, sampler, forward.vocab_size)
     names = order_of(order, sampler.settings)
     groups = _groups(prompts, num_beams, length_penalty, early_stopping, num_beam_groups, diversity_penalty)
     for step in itertools.count():
@@ -103,7 +105,13 @@ def beam_search(
         for place, beam in enumerate(beams):
             beam.row.index = place
         table = Table([beam.row for beam in beams], pad_id, sampler.table.of(prompts).device)
-        logits = forward(table.of(table.rows), [len(row.ids) for row in table.rows], 1, f"step {step}")[:, 0]
+        logits = forward(
+            table.of(table.rows),
+            [len(row.ids) for row in table.rows],
+            1,
+            f"step {step}",
+            [beam.prompt for beam in beams],
+        )[:, 0]
         if step == 0:
             check_ids(prompts, sampler, logits.shape[-1])
         logprobs = _log_softmax(logits, [beam.prompt for beam in beams], step)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ._processors import Factory
 from ._regex import Matcher, compiled
+from ._settings import plain
 
 
 def choices(sequences: Sequence[Sequence[int]], *, end_id: int | None = None) -> Factory:
@@ -29,9 +30,10 @@ def choices(sequences: Sequence[Sequence[int]], *, end_id: int | None = None) ->
         >>> row.tokens, row.finished
         ((2, 3, 1), 'complete')
     """
-    words = [tuple(sequence) for sequence in sequences]
+    words = [tuple(sequence) for sequence in plain(sequences)]
     if not words:
         raise ValueError("choices holds none; give at least one sequence of ids")
+    end_id = plain(end_id)
     ends = () if end_id is None else (end_id,)
     root: dict[int, Any] = {}
     for index, word in enumerate(words):

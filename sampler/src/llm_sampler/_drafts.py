@@ -11,6 +11,7 @@ from torch import Tensor
 from ._forward import Forward
 from ._row import Row
 from ._sampler import Sampler
+from ._settings import plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ class _Custom:
     def drafts(
         self, rows: Sequence[Row], limits: Sequence[int], sampler: Sampler, vocabulary: int, by_chance: bool
     ) -> list[Draft]:
-        given = self._function([list(row.ids) for row in rows], list(limits))
+        given = plain(self._function([list(row.ids) for row in rows], list(limits)))
         if not isinstance(given, Sequence) or len(given) != len(rows):
             what = len(given) if isinstance(given, Sequence) else type(given).__name__
             raise ValueError(
@@ -138,6 +139,7 @@ class _Custom:
 def _checked(draft: Draft, row: Row, limit: int, vocabulary: int, by_chance: bool) -> Draft:
     """The draft down to depth `limit`; ValueError names what is wrong with it."""
     where = f"drafter: row {row.index}, step {row.step}"
+    draft = Draft(plain(draft.tokens), plain(draft.parents), draft.probabilities)
     if not isinstance(draft.tokens, Sequence):
         raise ValueError(f"{where}: {draft.tokens!r} is not a sequence of ids")
     count = len(draft.tokens)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+from ._settings import plain
 
 Rows: TypeAlias = Sequence[Sequence[int]] | Sequence[Tensor] | Sequence[int] | Tensor
 ForwardFunc: TypeAlias = Callable[[Tensor], Tensor]
@@ -23,19 +26,27 @@ class Forward:
         self.forward_func = forward_func
         self.last_logits = getattr(forward_func, "last_logits", None)
         self.tree_logits = getattr(forward_func, "tree_logits", None)
+        self.vocab_size: int | None = plain(getattr(forward_func, "vocab_size", None))  # what it says; ids are below it
+        if not (type(self.vocab_size) is int and self.vocab_size >= 1) and self.vocab_size is not None:
+            raise ValueError(f"forward_func.vocab_size is {self.vocab_size!r}; it must be an integer >= 1, or None")
         self.vocabulary: int | None = None
         self.device: torch.device | None = None
 
     @torch.no_grad()
-    def __call__(self, ids: Tensor, lengths: list[int], n: int, where: str) -> Tensor:
-        """Logits [B, n, V] of the last n positions before the end of each right-padded row of ids [B, T]."""
+    def __call__(
+        self, ids: Tensor, lengths: list[int], n: int, where: str, rows: Sequence[int] | None = None
+    ) -> Tensor:
+        """Logits [B, n, V] of the last n positions before the end of each right-padded row of ids [B, T].
+
+        rows: how errors number these rows, if not from 0.
+        """
         batch, width = ids.shape
         if self.last_logits is not None:
-            with _noted("forward_func.last_logits", where):
+            with _noted("forward_func.last_logits", where, ids, rows):
                 logits = self.last_logits(ids, torch.tensor(lengths, device=ids.device), n)
             self._check(logits, (batch, n), "forward_func.last_logits", where)
         else:
-            with _noted("forward_func", where):
+            with _noted("forward_func", where, ids, rows):
                 logits = self.forward_func(ids)
             self._check(logits, (batch, width), "forward_func", where)
             if all(length == width for length in lengths):
@@ -70,7 +81,11 @@ class Forward:
         if not isinstance(logits, Tensor):
             raise ValueError(
                 f"{where}: {name} returned {type(logits).__name__}, not a tensor of logits; "
-                "a Hugging Face model is wrapped as `lambda ids: model(ids).logits`"
+                + (
+                    "wrap it as `lambda ids: torch.as_tensor(model(ids.numpy()))`"
+                    if hasattr(logits, "__array__")
+                    else "a Hugging Face model is wrapped as `lambda ids: model(ids).logits`"
+                )
             )
         if logits.dim() != 3 or logits.shape[:2] != leading or logits.shape[2] < 1 or not logits.is_floating_point():
             raise ValueError(
@@ -81,6 +96,11 @@ class Forward:
             raise ValueError(
                 f"{where}: {name} returned {logits.shape[2]} logits per position, and {self.vocabulary} before; "
                 "the vocabulary must stay the same"
+            )
+        if self.vocab_size is not None and self.vocab_size > logits.shape[2]:
+            raise ValueError(
+                f"{where}: {name} returned {logits.shape[2]} logits per position, and its vocab_size is "
+                f"{self.vocab_size}; it must not be more than there are"
             )
         if logits.device.type == "meta" or self.device not in (None, logits.device):
             before = f", and on {self.device} before" if self.device is not None else ""
@@ -94,13 +114,20 @@ class Forward:
 class _noted:  # noqa: N801  (a class, since a generator's context manager costs as much as a small stage)
     """Adds to what a forward function raises where that was, and what can be done."""
 
-    def __init__(self, name: str, where: str):
-        self.name, self.where = name, where
+    def __init__(self, name: str, where: str, ids: Tensor, rows: Sequence[int] | None):
+        self.name, self.where, self.ids, self.rows = name, where, ids, rows
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, IndexError):  # most likely of a table that is looked up by id
+            row, position = divmod(int(self.ids.argmax()), self.ids.shape[1])
+            raise IndexError(
+                f"{self.where}: {self.name} raised IndexError: {error}. The largest id that it was given is "
+                f"{int(self.ids[row, position])}, of row {self.rows[row] if self.rows else row} at position {position}; "
+                "if the model's vocabulary has no such id, use the tokenizer that belongs to it, and pad_id within it"
+            ) from error
         if add_note := getattr(error, "add_note", None):  # from Python 3.11 on
             add_note(
                 f"raised by {self.name} in {self.where}; what was generated before is in the steps that came before, "
@@ -111,14 +138,15 @@ class _noted:  # noqa: N801  (a class, since a generator's context manager costs
 def rows_of(input_ids: Any, name: str = "input_ids") -> tuple[list[Tensor], torch.device]:
     """Each row as a 1-D int64 tensor on the CPU, and the device on which the caller had them."""
     device = torch.device("cpu")
-    if isinstance(input_ids, Tensor):
+    if hasattr(input_ids, "__array__"):  # a tensor, or numpy's array
+        input_ids = torch.as_tensor(input_ids)
         device = input_ids.device
         if input_ids.dim() not in (1, 2):
             raise ValueError(f"{name} has shape {list(input_ids.shape)}; one row [T] or rows [B, T] are needed")
         rows = list(input_ids.cpu() if input_ids.dim() == 2 else input_ids.cpu().unsqueeze(0))
     else:
         rows = list(input_ids) if isinstance(input_ids, Sequence) and not isinstance(input_ids, str) else input_ids
-        if isinstance(rows, list) and rows and all(isinstance(token, int) for token in rows):
+        if isinstance(rows, list) and rows and all(isinstance(token, Integral) for token in rows):
             rows = [rows]
         if not isinstance(rows, list):
             raise TypeError(f"{name} must be rows of token ids, not {type(input_ids).__name__}; encode the text first")
@@ -136,7 +164,7 @@ def _row(row: object, name: str) -> Tensor:
     if isinstance(row, str):
         raise TypeError(f"{name} is text; encode it first")
     try:
-        ids = row.cpu() if isinstance(row, Tensor) else torch.tensor(row)
+        ids = torch.as_tensor(row).cpu() if hasattr(row, "__array__") else torch.tensor(row)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} is not a sequence of integers: {error}") from None
     if ids.dim() != 1:

@@ -53,7 +53,7 @@ def log_likelihoods(
     """
     if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size!r}; it must be an integer >= 1")
-    _check_ids(requests, getattr(forward.forward_func, "vocab_size", None))
+    _check_ids(requests, forward.vocab_size)
     results: list[tuple[tuple[float, ...], bool]] = [((), False)] * len(requests)
     for batch in _batches(_leaves(requests), batch_size):
         n = max(leaf.needed for leaf in batch)

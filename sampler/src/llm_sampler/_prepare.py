@@ -13,7 +13,7 @@ from ._forward import rows_of
 from ._processors import processors_of
 from ._row import Row, Table
 from ._sampler import Sampler
-from ._settings import REQUIRED, ids, number, seeds_of, strings
+from ._settings import REQUIRED, ids, number, plain, seeds_of, strings
 from ._stages import order_of, settings_of
 from ._text import StopText, check_decode
 
@@ -28,12 +28,12 @@ def prepared(given: Mapping[str, Any]) -> tuple[list[Row], Sampler]:
     if given["device"] is not None:
         device = torch.device(given["device"])
     count = len(prompts)
-    vocab_size, pad_id, decode = given["vocab_size"], given["pad_id"], given["decode"]
+    vocab_size, pad_id, decode = plain(given["vocab_size"]), plain(given["pad_id"]), given["decode"]
     if not (type(vocab_size) is int and vocab_size >= 1) and vocab_size is not None:
         raise ValueError(f"vocab_size is {vocab_size!r}; it must be an integer >= 1")
     if type(pad_id) is not int or pad_id < 0:
         raise ValueError(f"pad_id is {pad_id!r}; it must be an id that the model knows, >= 0")
-    n = _SAMPLES.parse("n", given["n"])
+    n = _SAMPLES.parse("n", plain(given["n"]))
     settings = settings_of(count, {**given, "processors": None})
     budgets = _BUDGET.per_row("max_new_tokens", given["max_new_tokens"], count)
     for row, (least, most) in enumerate(zip(settings["min_new_tokens"], budgets, strict=True)):

@@ -101,6 +101,8 @@ def sample(
     arguments = dict(locals())
     forward = Forward(forward_func)
     rows, sampler = prepared(arguments)
+    if forward.vocab_size is not None:
+        check_ids(rows, sampler, forward.vocab_size)
     if speculation not in ("exact", "rejection"):
         raise ValueError(f"speculation is {speculation!r}; it must be 'exact' or 'rejection'")
     if drafter is None and speculation != "exact":
@@ -163,7 +165,7 @@ def _steps(
             logits = first_logits(forward, active, sampler)
         else:
             ids, lengths = sampler.table.copy_of(active), [len(row.ids) for row in active]
-            logits = forward(ids, lengths, 1, f"step {number}")[:, 0]
+            logits = forward(ids, lengths, 1, f"step {number}", [row.index for row in active])[:, 0]
         stats.forwarded(active)
         if drafter is not None:
             yield from drafted_steps(forward, active, logits, sampler, cancelled, stats, drafter, by_chance)
@@ -183,6 +185,7 @@ def first_logits(forward: Forward, rows: list[Row], sampler: Sampler) -> Tensor:
     one = dict(zip(prompts, rows, strict=True))  # any row with that prompt
     place = {prompt: index for index, prompt in enumerate(one)}
     distinct = list(one.values())
-    logits = forward(sampler.table.copy_of(distinct), [len(row.ids) for row in distinct], 1, "step 0")[:, 0]
+    ids, lengths = sampler.table.copy_of(distinct), [len(row.ids) for row in distinct]
+    logits = forward(ids, lengths, 1, "step 0", [row.index for row in distinct])[:, 0]
     check_ids(rows, sampler, logits.shape[-1])
     return logits if len(distinct) == len(rows) else logits[[place[prompt] for prompt in prompts]]

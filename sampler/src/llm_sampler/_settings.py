@@ -31,8 +31,7 @@ class Setting:
 
     def per_row(self, name: str, value: Any, count: int) -> list:
         """`value` (one, or one per row) as a list of `count` checked values, None replaced by the neutral one."""
-        if isinstance(value, Tensor):
-            value = value.tolist()
+        value = plain(value)
         if value is None or self.is_one(value):
             return [self._one(name, value)] * count
         if len(value) != count:
@@ -44,6 +43,21 @@ class Setting:
 
 
 REQUIRED = object()
+
+
+def plain(value: Any) -> Any:
+    """The same in Python's own numbers, lists and mappings where it has tensors, or numpy's arrays and scalars."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, tuple):
+        return tuple(plain(item) for item in value)
+    if isinstance(value, set | frozenset):
+        return frozenset(map(plain, value))
+    if isinstance(value, Mapping):
+        return {plain(key): plain(item) for key, item in value.items()}
+    return value
 
 
 def number(neutral: Any, allowed: Callable[[Any], bool], says: str, kind: type = float) -> Setting:
@@ -124,8 +138,7 @@ def strings() -> Setting:
 
 def seeds_of(seed: Any, count: int, n: int, fresh: Callable[[int], int]) -> list[tuple[int, int]]:
     """(seed, stream) of n rows for each prompt: (seed, row) for one seed, (seed[i], 0 .. n - 1) for one per prompt."""
-    if isinstance(seed, Tensor):
-        seed = seed.tolist()
+    seed = plain(seed)
     if seed is None:
         seed = fresh(64)
     sources: list[tuple[Any, int]]

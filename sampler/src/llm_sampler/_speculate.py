@@ -120,7 +120,7 @@ def _checked(
     for place, (length, draft) in enumerate(zip(lengths, drafts, strict=True)):
         ids[place, length : length + len(draft.tokens)] = torch.tensor(draft.tokens, dtype=ids.dtype)
     if not branches:
-        logits = forward(ids, ends, n, where)
+        logits = forward(ids, ends, n, where, [row.index for row in rows])
         return logits, [length - 1 - (end - n) for length, end in zip(lengths, ends, strict=True)]
     parents = [
         [length - 2] + [length + parent if parent >= 0 else length - 1 for parent in draft.parents or ()]
