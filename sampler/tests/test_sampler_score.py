@@ -267,3 +267,30 @@ def test_ids_beyond_a_known_vocabulary_are_named_before_anything_runs() -> None:
 def test_choices_that_are_all_impossible_are_an_error() -> None:
     with pytest.raises(ValueError, match="every choice has probability 0"):
         multiple_choice(lambda ids: torch.tensor([0.0, -math.inf]).expand(*ids.shape, 2), [0], [[1]])
+
+
+def test_pmi_is_minus_infinity_for_what_cannot_follow_and_refused_where_the_baseline_excludes_it() -> None:
+    after = torch.tensor([[0.0, -math.inf, 1.0, 0.0], [0.0, 0.0, 0.0, -math.inf], [0.0] * 4, [0.0] * 4])
+    forward = lambda ids: after[ids]  # noqa: E731
+    scores = score(forward, [1], [[1], [2], [3]], baseline=[0])
+    assert scores[1].pmi == pytest.approx(scores[1].sum - float(after[0].log_softmax(-1)[2]))
+    assert scores[2].pmi == -math.inf
+    assert Score((-math.inf,), False, baseline=-math.inf).pmi == -math.inf
+    with pytest.raises(ValueError, match="pmi is not defined: .* probability 0 after the baseline; take another"):
+        _ = scores[0].pmi
+    answer = multiple_choice(forward, [1], [[2], [3]], by="pmi", baseline=[0])
+    assert (answer.index, answer.probabilities) == (0, (1.0, 0.0))
+    with pytest.raises(ValueError, match="question 1: choices: row 2: pmi is not defined"):
+        multiple_choice(forward, [[2], [1]], [[[2]], [[2], [3], [1]]], by="pmi", baseline=[0])
+
+
+def test_numpys_arrays_are_scored_as_lists_are() -> None:
+    np = pytest.importorskip("numpy")
+    after = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
+    forward = lambda ids: after[ids]  # noqa: E731
+    want = score(forward, [1, 2], [[3, 4], [2, 0]], end_id=0)
+    end: Any = np.int64(0)
+    assert score(forward, np.array([1, 2]), np.array([[3, 4], [2, 0]]), end_id=end) == want
+    assert score(forward, [np.int64(1), np.int64(2)], [[np.int64(3), 4], [2, 0]], end_id=0) == want
+    [both] = score(forward, np.array([[1, 2]]), [np.array([[3, 4], [2, 0]])], end_id=0)
+    assert both == want

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from ._boundary import Boundary, encode_choices
 from ._forward import Forward, ForwardFunc, rows_of
 from ._likelihood import Request, log_likelihoods
+from ._settings import plain
 
 By: TypeAlias = Literal["sum", "mean", "per_character", "per_byte", "pmi"]
 Context: TypeAlias = Sequence[int] | Tensor | str
@@ -51,10 +53,21 @@ class Score:
 
     @property
     def pmi(self) -> float:
-        """Pointwise mutual information: how much likelier it is after the context than after the baseline."""
+        """Pointwise mutual information: how much likelier it is after the context than after the baseline.
+
+        -inf for what is impossible after the context, whatever the baseline; ValueError for what is impossible after
+        the baseline alone, since no number says how much likelier it has become.
+        """
         if self.baseline is None:
             raise ValueError("pmi compares with a baseline; give one, such as baseline=[begin-of-text id]")
-        return self.sum - self.baseline if self.sum > -torch.inf else -torch.inf
+        if self.sum == -torch.inf:
+            return -torch.inf
+        if self.baseline == -torch.inf:
+            raise ValueError(
+                "pmi is not defined: this is possible after the context, and has probability 0 after the baseline; "
+                "take another baseline, or compare by something else"
+            )
+        return self.sum - self.baseline
 
     def _counted(self) -> str:
         if self.text is None:
@@ -119,7 +132,7 @@ def score(
         >>> [len(scores) for scores in score(evenly, [[0], [3, 0]], [yes_or_no, yes_or_no])]
         [2, 2]
     """
-    forward = Forward(forward_func)
+    forward, end_id = Forward(forward_func), plain(end_id)
     one = _is_one(context)
     contexts: list[Any] = [context] if one else list(context)
     choices: list[Any] = [continuations] if one else list(continuations)
@@ -184,7 +197,8 @@ def multiple_choice(
     """Which of `choices` a model finds most likely after `context`; the first of equals. With several contexts, a list.
 
     by: what of `Score` is compared: "sum" (the probability of the whole choice), "mean" (per token), "per_character" or
-    "per_byte" (choices as text), or "pmi" (with a baseline). Other arguments and errors as in `score`.
+    "per_byte" (choices as text), or "pmi" (with a baseline). A choice of probability 0 is never the best. ValueError
+    where all are, and where one has no PMI (see `Score.pmi`). Other arguments and errors as in `score`.
 
     Example:
         >>> import torch
@@ -208,23 +222,29 @@ def multiple_choice(
 
 
 def _choice(scores: list[Score], by: By, where: str) -> Choice:
-    values = torch.tensor([getattr(result, by) for result in scores], dtype=torch.float64)
+    compared = []
+    for row, result in enumerate(scores):
+        try:
+            compared.append(getattr(result, by))
+        except ValueError as error:
+            raise ValueError(f"{where}choices: row {row}: {error}") from None
+    values = torch.tensor(compared, dtype=torch.float64)
     if bool((values == -torch.inf).all()):
         raise ValueError(f"{where}every choice has probability 0; check that the choices' ids belong to this model")
     return Choice(int(values.argmax()), tuple(scores), tuple(values.softmax(0).tolist()))
 
 
 def _is_one(context: Any) -> bool:
-    if isinstance(context, Tensor):
-        return context.dim() < 2
-    return isinstance(context, str) or len(context) == 0 or isinstance(context[0], int)
+    if hasattr(context, "ndim"):  # a tensor, or numpy's array
+        return context.ndim < 2
+    return isinstance(context, str) or len(context) == 0 or isinstance(context[0], Integral)
 
 
 def _targets(targets: Any, where: str) -> list[tuple[int, ...]]:
     name = f"{where}continuations"
     if isinstance(targets, str) or any(isinstance(target, str) for target in targets):
         raise TypeError(f"{name} are text, and the context is ids; give both as text and encode=, or both as ids")
-    if len(targets) and isinstance(targets[0], int):
+    if len(targets) and isinstance(targets[0], Integral):
         raise ValueError(f"{name} is one flat sequence of ids; give a sequence of them, as in [[1, 2]]")
     return [tuple(row.tolist()) for row in rows_of(targets, name)[0]]
 
