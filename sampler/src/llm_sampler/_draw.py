@@ -34,7 +34,7 @@ def draw(scores: Scores, uniforms: list[float]) -> tuple[Tensor, Tensor]:
     """
     values, ids = scores.values, scores.ids
     if values.shape[-1] == 1 and ids is not None:
-        return ids[:, 0], (values[:, 0] - values[:, 0]).double()  # 0, or NaN where nothing is left
+        return ids.squeeze(-1), (values - values).squeeze(-1)  # 0, or NaN where nothing is left
     highest = values.amax(-1, keepdim=True)
     cdf = values.double().sub_(highest).exp_().cumsum_(-1)  # in place: fresh pages cost more than the sums
     total = cdf[:, -1:].contiguous()

@@ -42,12 +42,18 @@ class Forward:
         """
         batch, width = ids.shape
         if self.last_logits is not None:
-            with _noted("forward_func.last_logits", where, ids, rows):
+            try:
                 logits = self.last_logits(ids, torch.tensor(lengths, device=ids.device), n)
+            except Exception as error:
+                _note(error, "forward_func.last_logits", where, ids, rows)
+                raise
             self._check(logits, (batch, n), "forward_func.last_logits", where)
         else:
-            with _noted("forward_func", where, ids, rows):
+            try:
                 logits = self.forward_func(ids)
+            except Exception as error:
+                _note(error, "forward_func", where, ids, rows)
+                raise
             self._check(logits, (batch, width), "forward_func", where)
             if all(length == width for length in lengths):
                 logits = logits[:, width - n :]
@@ -87,14 +93,15 @@ class Forward:
                     else "a Hugging Face model is wrapped as `lambda ids: model(ids).logits`"
                 )
             )
-        if logits.dim() != 3 or logits.shape[:2] != leading or logits.shape[2] < 1 or not logits.is_floating_point():
+        shape = logits.shape
+        if len(shape) != 3 or shape[:2] != leading or shape[2] < 1 or not logits.is_floating_point():
             raise ValueError(
-                f"{where}: {name} returned {logits.dtype} {list(logits.shape)}; "
+                f"{where}: {name} returned {logits.dtype} {list(shape)}; "
                 f"floating-point logits [{leading[0]}, {leading[1]}, vocabulary] are needed"
             )
-        if self.vocabulary not in (None, logits.shape[2]):
+        if self.vocabulary not in (None, shape[2]):
             raise ValueError(
-                f"{where}: {name} returned {logits.shape[2]} logits per position, and {self.vocabulary} before; "
+                f"{where}: {name} returned {shape[2]} logits per position, and {self.vocabulary} before; "
                 "the vocabulary must stay the same"
             )
         if self.vocab_size is not None and self.vocab_size > logits.shape[2]:
@@ -111,28 +118,20 @@ class Forward:
         self.vocabulary, self.device = logits.shape[2], logits.device
 
 
-class _noted:  # noqa: N801  (a class, since a generator's context manager costs as much as a small stage)
-    """Adds to what a forward function raises where that was, and what can be done."""
-
-    def __init__(self, name: str, where: str, ids: Tensor, rows: Sequence[int] | None):
-        self.name, self.where, self.ids, self.rows = name, where, ids, rows
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, IndexError):  # most likely of a table that is looked up by id
-            row, position = divmod(int(self.ids.argmax()), self.ids.shape[1])
-            raise IndexError(
-                f"{self.where}: {self.name} raised IndexError: {error}. The largest id that it was given is "
-                f"{int(self.ids[row, position])}, of row {self.rows[row] if self.rows else row} at position {position}; "
-                "if the model's vocabulary has no such id, use the tokenizer that belongs to it, and pad_id within it"
-            ) from error
-        if add_note := getattr(error, "add_note", None):  # from Python 3.11 on
-            add_note(
-                f"raised by {self.name} in {self.where}; what was generated before is in the steps that came before, "
-                "and sampling goes on from its ids"
-            )
+def _note(error: Exception, name: str, where: str, ids: Tensor, rows: Sequence[int] | None) -> None:
+    """Add to what a forward function raises where that was, and what can be done."""
+    if isinstance(error, IndexError):  # most likely of a table that is looked up by id
+        row, position = divmod(int(ids.argmax()), ids.shape[1])
+        raise IndexError(
+            f"{where}: {name} raised IndexError: {error}. The largest id that it was given is "
+            f"{int(ids[row, position])}, of row {rows[row] if rows else row} at position {position}; "
+            "if the model's vocabulary has no such id, use the tokenizer that belongs to it, and pad_id within it"
+        ) from error
+    if add_note := getattr(error, "add_note", None):  # from Python 3.11 on
+        add_note(
+            f"raised by {name} in {where}; what was generated before is in the steps that came before, "
+            "and sampling goes on from its ids"
+        )
 
 
 def rows_of(input_ids: Any, name: str = "input_ids") -> tuple[list[Tensor], torch.device]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +24,7 @@ _LOG2_E = math.log2(math.e)
 _PART = 1 << 20  # logits that are worked on at once on a CPU: what they take stays in its cache
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
+class Drawn(NamedTuple):
     """A token for one row, its natural log-probabilities before and after the stages, and the most likely tokens."""
 
     token: int
@@ -34,7 +34,7 @@ class Drawn:
     processed_top: Top = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Processed:
     """The distributions of some rows at one position. scores: after the stages; what is not in them has no mass.
 
@@ -72,7 +72,8 @@ class Sampler:
         self._top = top_logprobs
         self._wide = any(settings["processors"])  # foreign processors are made for all columns of the head
         self._chains: dict[tuple[int, ...], list[Apply]] = {}
-        self._memory: Tensor | None = None
+        self._pages: Tensor | None = None
+        self._memory: tuple[Tensor, Tensor] | None = None
 
     def choose(self, logits: Tensor, rows: Sequence[Row]) -> list[Drawn]:
         """The token that each of `rows` draws from its logits [B, V]. Changes nothing: the same call gives the same.
@@ -90,18 +91,18 @@ class Sampler:
         """The distribution that each of `rows` draws its next token from, given its logits [B, V]."""
         values = logits.detach().float()
         owned = values.dtype != logits.dtype
-        memory = self._memory_for(values)
+        work, spare = self._memory_for(values)
         peaks = peaks_of(values)
         highest = (values if peaks is None else peaks).amax(-1, keepdim=True)
         # two to the power of it: torch has that vectorised, four times as fast as e to the power of it
-        norm = torch.sub(values, highest, out=memory[0]).mul_(_LOG2_E).exp2_().sum(-1, keepdim=True).log_()
+        norm = torch.sub(values, highest, out=work).mul_(_LOG2_E).exp2_().sum(-1, keepdim=True).log_()
         if self.vocab_size is not None and self._wide:
             values = values if owned else values.clone()
             values[:, self.vocab_size :] = -torch.inf
             owned, peaks = True, None
         elif self.vocab_size is not None:
             values, peaks = values[:, : self.vocab_size], None
-        scores = Scores(values, None, values.shape[-1], owned, peaks, memory[1, :, : values.shape[-1]])
+        scores = Scores(values, None, values.shape[-1], owned, peaks, spare)
         history = History(self.table, rows, logits.device)
         for stage in self._stages(rows, logits.device):
             scores = stage(scores, history)
@@ -121,37 +122,35 @@ class Sampler:
             chosen, befores, afters = (column.tolist() for column in columns)
         else:
             chosen, befores, afters = torch.stack(columns).tolist()  # float64; the one transfer from the device
-        for index, (before, after) in enumerate(zip(befores, afters, strict=True)):
-            if math.isnan(before) or math.isnan(after):
-                raise _error(rows[index], float(logits[index].max()), float(scores.values[index].max()))
-        tops: list[tuple[Top, ...]] = [()] * len(rows)
-        if self._top is not None:
-            counts = [self._top[row.index] for row in rows]
-            before = logits.float() - processed.highest - processed.norm
-            raw_tops = _most_likely(Scores(before, None, logits.shape[-1]), counts)
-            after = scores.with_values(log_probabilities(scores.values).float())
-            tops = list(zip(raw_tops, _most_likely(after, counts), strict=True))
-        return [
-            Drawn(int(token), logprob, processed_logprob, *top)
-            for token, logprob, processed_logprob, top in zip(chosen, befores, afters, tops, strict=True)
-        ]
+        if math.isnan(sum(befores) + sum(afters)):  # in one go: as a rule none is
+            index = next(i for i, both in enumerate(zip(befores, afters, strict=True)) if math.isnan(sum(both)))
+            raise _error(rows[index], float(logits[index].max()), float(scores.values[index].max()))
+        if self._top is None:
+            return [Drawn(int(token), *both) for token, *both in zip(chosen, befores, afters, strict=True)]
+        counts = [self._top[row.index] for row in rows]
+        before = logits.float() - processed.highest - processed.norm
+        raw_tops = _most_likely(Scores(before, None, logits.shape[-1]), counts)
+        after = scores.with_values(log_probabilities(scores.values).float())
+        columns = (chosen, befores, afters, raw_tops, _most_likely(after, counts))
+        return [Drawn(int(token), *others) for token, *others in zip(*columns, strict=True)]
 
     def accept(self, rows: Sequence[Row], drawn: Sequence[Drawn]) -> Step:
         """Let each row gain its token, and say what that came to. A row that has finished must not come again."""
+        tokens, logprobs, processed_logprobs, tops, processed_tops = zip(*drawn, strict=True)
         outcomes: list[tuple[Finished | None, str]] = [
-            row.take(one.token, one.processed_logprob) for row, one in zip(rows, drawn, strict=True)
+            row.take(token, logprob) for row, token, logprob in zip(rows, tokens, processed_logprobs, strict=True)
         ]
         self.table.append(rows)
         finished, texts = zip(*outcomes, strict=True)
         return Step(
-            tuple(row.index for row in rows),
-            tuple(one.token for one in drawn),
-            tuple(one.logprob for one in drawn),
-            tuple(one.processed_logprob for one in drawn),
+            tuple([row.index for row in rows]),
+            tokens,
+            logprobs,
+            processed_logprobs,
             finished,
             texts if rows[0].text is not None else None,
-            tuple(one.top for one in drawn) if self._top is not None else None,
-            tuple(one.processed_top for one in drawn) if self._top is not None else None,
+            tops if self._top is not None else None,
+            processed_tops if self._top is not None else None,
         )
 
     def among(self, rows: Sequence[Row], of: Sequence[int]) -> Sampler:
@@ -160,12 +159,15 @@ class Sampler:
         table = Table(rows, self.table.pad_id, self.table.device)
         return Sampler(table, settings | {"processors": [()] * len(rows)}, self._order, vocab_size=self.vocab_size)
 
-    def _memory_for(self, values: Tensor) -> Tensor:
-        """Two tensors of the shape of `values` [2, B, V], the same ones each time: fresh pages cost more than the work."""
-        rows, vocabulary = values.shape
-        if self._memory is None or self._memory.shape[1] < rows or self._memory.device != values.device:
-            self._memory = values.new_empty(2, rows, vocabulary)
-        return self._memory[:, :rows]
+    def _memory_for(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Two tensors like `values`, the same each time: fresh pages cost more than the work. The second is for scores."""
+        if self._memory is None or self._memory[0].shape != values.shape or self._memory[0].device != values.device:
+            rows, vocabulary = values.shape
+            if self._pages is None or self._pages.shape[1] < rows or self._pages.device != values.device:
+                self._pages = values.new_empty(2, rows, vocabulary)
+            work, spare = self._pages[:, :rows]
+            self._memory = work, spare if self._wide else spare[:, : self.vocab_size]
+        return self._memory
 
     def _stages(self, rows: Sequence[Row], device: torch.device) -> list[Apply]:
         key = tuple(row.index for row in rows)

@@ -13,11 +13,11 @@ _WORTH_BLOCKS = 4096  # below this many candidates a plain pass is as fast
 LOWEST = torch.finfo(torch.float32).min
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Scores:
     """values [B, K] float32, -inf where masked; ids [B, K] in rising order, or None where K is the vocabulary.
 
-    owned: nobody else has the values, so they may be written to. peaks: what `peaks_of` gives for the values. spare:
+    Its fields are set once; not frozen, which takes as long as a stage. owned: nobody else has the values, so they may be written to. peaks: what `peaks_of` gives for the values. spare:
     memory for a copy of them.
     """
 
@@ -55,14 +55,11 @@ class Scores:
         values, ids = self.values, self.ids
         peaks = peaks_of(values) if self.peaks is None else self.peaks
         if peaks is not None:
-            block = peaks.argmax(-1, keepdim=True)  # the first of equals
-            index = block * _BLOCK + _take(_blocks(values), block).argmax(-1, keepdim=True)
-            index = index.clamp_(max=values.shape[-1] - 1)  # only where all are -inf
+            highest, block = peaks.max(-1, keepdim=True)  # the first of equals
+            index = torch.add(_take(_blocks(values), block).argmax(-1, keepdim=True), block, alpha=_BLOCK)
         else:
-            index = values.argmax(-1, keepdim=True)
-        return Scores(
-            values.gather(-1, index), index if ids is None else ids.gather(-1, index), self.vocabulary, owned=True
-        )
+            highest, index = values.max(-1, keepdim=True)
+        return Scores(highest, index if ids is None else ids.gather(-1, index), self.vocabulary, owned=True)
 
     def largest(self, k: int) -> tuple[Tensor, Scores]:
         """The k largest values of each row in falling order [B, k], fewer where fewer are left; and all >= the last."""
