@@ -189,11 +189,12 @@ def test_what_is_kept_is_bounded(llama: Any) -> None:
     forward = llm_sampler.from_huggingface(llama, keep=2)
     for seed in range(10):
         forward(torch.tensor([ids(20, seed)]))
-    assert len(forward._blocks) == 2
-    assert len(forward._index) == 2
+    kept = forward._kept
+    assert kept is not None
+    assert len(kept._blocks) == len(kept._index) == 2
     forward.clear()
-    assert not forward._blocks
-    assert not forward._index
+    assert not kept._blocks
+    assert not kept._index
 
 
 def test_random_batches_have_the_models_own_logits(llama: Any) -> None:
@@ -276,7 +277,7 @@ def test_models_that_cannot_see_a_tree_say_so() -> None:
 def test_without_a_cache_the_logits_are_the_same(llama: Any) -> None:
     forward = llm_sampler.from_huggingface(llama, cache=False)
     check(forward, [ids(9, 1), ids(4, 2)], n=3)
-    assert not forward._blocks
+    assert forward._kept is None
 
 
 def test_a_recurrent_model_is_refused_until_it_is_asked_for_without_cache() -> None:

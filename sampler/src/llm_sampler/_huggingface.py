@@ -10,18 +10,14 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._kept import Block, Kept
 from ._tree_mask import tree_mask
 
-_SHARED = 32  # tokens: a beginning that several rows share, and a saving that is worth a pass of its own
 _CHANGING = ("dynamic", "longrope")  # kinds of rope under which more tokens change the keys of the first ones
 
 
@@ -49,15 +45,6 @@ def from_huggingface(
     return HuggingFaceForward(model, cache=cache, keep=keep, max_length=max_length)
 
 
-@dataclass(slots=True)
-class _Block:
-    """A batch's keys and values, [B, heads, slots, ...] in each layer; the slots of a row are the last of them."""
-
-    cache: Any  # transformers.DynamicCache
-    rows: list[list[int]]
-    slots: int
-
-
 class HuggingFaceForward:
     """See `from_huggingface`. vocab_size: ids are below it."""
 
@@ -83,11 +70,8 @@ class HuggingFaceForward:
                     f"what those were: give at most {original}"
                 )
             self.max_length = original if max_length is None else max_length
-        self._cache_class = _cache_class(model) if cache else None
-        self._keep = keep
+        self._kept = Kept(_cache_class(model), keep) if cache else None
         self._lock = threading.RLock()  # one call at a time: it takes blocks that others have
-        self._blocks: list[_Block] = []  # the one used last is the last
-        self._index: list[tuple[list[int], _Block, int]] = []  # every row of every block, sorted by its ids
         takes = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
         self._takes = {name for name in ("position_ids", "logits_to_keep", "use_cache") if name in takes}
 
@@ -104,8 +88,8 @@ class HuggingFaceForward:
         rows = [row[:length] for row, length in zip(input_ids.tolist(), lengths.tolist(), strict=True)]
         self._check(rows, n)
         with self._lock:
-            if self._cache_class is not None:
-                heads = self._shared_beginnings(rows)
+            if self._kept is not None:
+                heads = self._kept.shared_beginnings(rows)
                 if heads:
                     self._pass(heads, 1)
             return self._pass(rows, n)
@@ -125,10 +109,11 @@ class HuggingFaceForward:
     def clear(self) -> None:
         """Let go of all keys and values."""
         with self._lock:
-            self._blocks, self._index = [], []
+            if self._kept is not None:
+                self._kept.clear()
 
     def _pass(self, rows: list[list[int]], n: int, parents: list[list[int]] | None = None) -> Tensor:
-        found = [self._longest(row) for row in rows]
+        found = [self._kept.longest(row) if self._kept is not None else (0, None, 0) for row in rows]
         new = max(len(row) - min(length, len(row) - n) for row, (length, *_) in zip(rows, found, strict=True))
         known = [max(0, len(row) - new) for row in rows]
         before, width = max(known), max(map(len, rows))
@@ -147,9 +132,9 @@ class HuggingFaceForward:
             options["position_ids"] = positions[:, before:].to(device)
         if "logits_to_keep" in self._takes:
             options["logits_to_keep"] = n
-        cache = None
-        if self._cache_class is not None:
-            cache = self._taken(rows, known, before) or self._gathered(found, known, before)
+        cache: Any = None
+        if self._kept is not None:
+            cache = self._kept.taken(rows, known, before) or self._kept.gathered(found, known, before)
             options |= {"past_key_values": cache, "use_cache": True}
         elif "use_cache" in self._takes:
             options["use_cache"] = False
@@ -158,12 +143,14 @@ class HuggingFaceForward:
         if logits is None:
             raise ValueError(f"{type(self.model).__name__} returns no logits; load it with AutoModelForCausalLM")
         logits = logits[:, -n:]
-        if cache is not None and not bool(logits.amax(-1).isnan().any()):  # NaN would reach who takes these keys next
+        if self._kept is not None and not bool(
+            logits.amax(-1).isnan().any()
+        ):  # NaN would reach who takes these keys next
             if parents is not None:  # the nodes are no sequence: what was accepted of them is computed again
                 cache.crop(-n)
                 rows, width = [row[:-n] for row in rows], width - n
             if width:
-                self._remember(_Block(cache, rows, width))
+                self._kept.remember(Block(cache, rows, width))
         return logits
 
     def _check_trees(self, length: int) -> None:
@@ -190,85 +177,6 @@ class HuggingFaceForward:
                     "does the tokenizer belong to this model?"
                 )
 
-    # Keys and values
-
-    def _longest(self, row: list[int]) -> tuple[int, _Block | None, int]:
-        """The kept row that begins most like this one: for how many tokens, its block, its place there."""
-        at = bisect_left(self._index, row, key=lambda entry: entry[0])
-        best: tuple[int, _Block | None, int] = (0, None, 0)
-        for ids, block, place in self._index[max(0, at - 1) : at + 1]:  # in sorted order, it is next to its place
-            length = _shared(ids, row)
-            if length > best[0]:
-                best = length, block, place
-        return best
-
-    def _shared_beginnings(self, rows: list[list[int]]) -> list[list[int]]:
-        """What several rows begin with, as far as it is not known yet."""
-        heads = []
-        for _, group in groupby(sorted(rows), key=lambda row: row[:_SHARED]):
-            first, *others = group
-            if others and len(first) >= _SHARED:
-                head = first[: _shared(first, others[-1])]  # what these two share, all share
-                if len(others) * (len(head) - self._longest(head)[0]) >= _SHARED:
-                    heads.append(head)
-        return heads
-
-    def _taken(self, rows: list[list[int]], known: list[int], before: int) -> Any:
-        """The cache of a block whose rows are these, in this order, with at most some slots too many: no copy."""
-        for block in reversed(self._blocks):
-            extra = block.slots - before
-            if before > 0 and extra >= 0 and len(block.rows) == len(rows):
-                ends = [len(own) - extra for own in block.rows]
-                if ends == known and all(
-                    own[:end] == row[:end] for own, row, end in zip(block.rows, rows, ends, strict=True)
-                ):
-                    self._forget(block)  # it changes now, and is no longer what it was if the model raises
-                    if extra:
-                        block.cache.crop(-extra)
-                    return block.cache
-        return None
-
-    def _gathered(self, found: list[tuple[int, _Block | None, int]], known: list[int], before: int) -> Any:
-        """A new cache, each row with what is known of it, from whichever block has that."""
-        cache = self._cache_class()  # type: ignore[misc]  # without a config it keeps all slots, of windowed layers too
-        blocks = {id(block): block for _, block, _ in found if block is not None}
-        if before == 0 or not blocks:
-            return cache
-        anywhere = next(iter(blocks))  # for rows of which nothing is known: what they take is masked
-        sources = [(id(block) if block is not None else anywhere, place) for _, block, place in found]
-        order = [i for key in blocks for i, source in enumerate(sources) if source[0] == key]
-        back = torch.tensor(order).argsort()
-        layers = len(next(iter(blocks.values())).cache.layers)
-        for layer in range(layers):
-            parts: list[tuple[Tensor, Tensor]] = []
-            for key, block in blocks.items():
-                keys, values = block.cache.layers[layer].keys, block.cache.layers[layer].values
-                if keys is None:  # a layer that takes another one's
-                    continue
-                own = [i for i in order if sources[i][0] == key]
-                places = torch.tensor([[sources[i][1]] for i in own])  # (b, 1)
-                shifts = [block.slots - len(block.rows[sources[i][1]]) - (before - known[i]) for i in own]
-                slots = (torch.arange(before) + torch.tensor(shifts).unsqueeze(-1)).clamp_(0, block.slots - 1)
-                places, slots = places.to(keys.device), slots.to(keys.device)
-                parts.append((keys[places, :, slots], values[places, :, slots]))  # [b, before, heads, ...]
-            if parts:
-                keys, values = (
-                    torch.cat(side)[back.to(side[0].device)].transpose(1, 2) for side in zip(*parts, strict=True)
-                )
-                cache.update(keys, values, layer)
-        return cache
-
-    def _remember(self, block: _Block) -> None:
-        self._blocks = [*self._blocks, block][-self._keep :]
-        self._index = sorted(
-            ((row, block, place) for block in self._blocks for place, row in enumerate(block.rows)),
-            key=lambda entry: entry[0],
-        )
-
-    def _forget(self, block: _Block) -> None:
-        self._blocks = [other for other in self._blocks if other is not block]
-        self._index = [entry for entry in self._index if entry[1] is not block]
-
 
 def _cache_class(model: Any) -> type:
     """transformers.DynamicCache, from the transformers that the model came with."""
@@ -290,12 +198,3 @@ def _cache_class(model: Any) -> type:
 
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
-
-
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids two rows have in common at their start; slices compare at the speed of memory."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
-    return low

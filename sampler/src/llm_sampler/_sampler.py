@@ -126,13 +126,15 @@ class Sampler:
             index = next(i for i, both in enumerate(zip(befores, afters, strict=True)) if math.isnan(sum(both)))
             raise _error(rows[index], float(logits[index].max()), float(scores.values[index].max()))
         if self._top is None:
-            return [Drawn(int(token), *both) for token, *both in zip(chosen, befores, afters, strict=True)]
+            return [
+                Drawn(int(token), *both) for token, both in zip(chosen, zip(befores, afters, strict=True), strict=True)
+            ]
         counts = [self._top[row.index] for row in rows]
         before = logits.float() - processed.highest - processed.norm
         raw_tops = _most_likely(Scores(before, None, logits.shape[-1]), counts)
         after = scores.with_values(log_probabilities(scores.values).float())
-        columns = (chosen, befores, afters, raw_tops, _most_likely(after, counts))
-        return [Drawn(int(token), *others) for token, *others in zip(*columns, strict=True)]
+        columns = (befores, afters, raw_tops, _most_likely(after, counts))
+        return [Drawn(int(token), *others) for token, others in zip(chosen, zip(*columns, strict=True), strict=True)]
 
     def accept(self, rows: Sequence[Row], drawn: Sequence[Drawn]) -> Step:
         """Let each row gain its token, and say what that came to. A row that has finished must not come again."""
