@@ -348,6 +348,11 @@ def test_numpys_arrays_and_scalars_are_taken_as_lists_and_numbers_are() -> None:
     want = generate(Causal(), [[1, 2], [3, 4]], **options)
     for ids in (np.array([[1, 2], [3, 4]]), [np.array([1, 2]), np.array([3, 4])], [[np.int64(1), 2], [3, np.int8(4)]]):
         assert generate(Causal(), ids, **arrays) == want
+    ragged = np.empty(2, dtype=object)
+    ragged[:] = [[1, 2], [3]]
+    assert generate(Causal(), ragged, max_new_tokens=2, seed=1) == generate(
+        Causal(), [[1, 2], [3]], max_new_tokens=2, seed=1
+    )
     flat = generate(Causal(), [1, 2], max_new_tokens=2, seed=1)
     for ids in (np.array([1, 2]), [np.int64(1), np.int64(2)], np.array([1, 2], dtype=np.int16)):
         assert generate(Causal(), ids, max_new_tokens=2, seed=1) == flat

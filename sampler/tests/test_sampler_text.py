@@ -75,6 +75,11 @@ def test_byte_fallback_runs_come_out_whole() -> None:
     assert pieces == list(text)
 
 
+def test_what_is_no_text_is_named_with_its_ids() -> None:
+    with pytest.raises(TypeError, match=r"decode gave NoneType for the ids \[97\]; it must give text"):
+        Detokenizer(lambda ids: None).push(97)  # type: ignore[arg-type,return-value]
+
+
 def test_the_stop_tokens_text_is_left_out() -> None:
     assert "".join(stream_text(steps_of(list(b"ab;"), "stop"), from_bytes)) == "ab"
 

@@ -137,6 +137,8 @@ def _note(error: Exception, name: str, where: str, ids: Tensor, rows: Sequence[i
 def rows_of(input_ids: Any, name: str = "input_ids") -> tuple[list[Tensor], torch.device]:
     """Each row as a 1-D int64 tensor on the CPU, and the device on which the caller had them."""
     device = torch.device("cpu")
+    if getattr(input_ids, "dtype", None) is not None and input_ids.dtype == object:  # numpy's array of lists
+        input_ids = list(input_ids)
     if hasattr(input_ids, "__array__"):  # a tensor, or numpy's array
         input_ids = torch.as_tensor(input_ids)
         device = input_ids.device

@@ -123,13 +123,13 @@ class Detokenizer:
         """The text that `token` completes, often empty."""
         before = len(self._ids)
         self._ids.append(token)
-        text = self._decode(self._ids)
+        text = self._text_of(self._ids)
         settled = text.rstrip("\ufffd")  # the replacement character: bytes of a character still to come
         piece = self._show(settled)
         if text == settled:
             if before and len(self._ids) >= _WINDOW and self._complete:
                 self._ids = self._ids[self._complete :]
-                self._shown = self._decode(self._ids)
+                self._shown = self._text_of(self._ids)
                 self._complete = 0
             self._complete = len(self._ids)
         elif len(self._ids) >= 2 * _WINDOW:  # no character is this long: the bytes are broken, and no longer waited for
@@ -138,9 +138,15 @@ class Detokenizer:
 
     def flush(self) -> str:
         """What is still held back, at the end."""
-        piece = self._show(self._decode(self._ids)) if self._ids else ""
+        piece = self._show(self._text_of(self._ids)) if self._ids else ""
         self._ids, self._shown, self._complete = [], "", 0
         return piece
+
+    def _text_of(self, ids: list[int]) -> str:
+        text = self._decode(ids)
+        if not isinstance(text, str):
+            raise TypeError(f"decode gave {type(text).__name__} for the ids {ids}; it must give text")
+        return text
 
     def _show(self, text: str) -> str:
         if len(text) <= len(self._shown) and self._shown.startswith(text):
