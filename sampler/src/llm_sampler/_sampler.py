@@ -92,17 +92,18 @@ class Sampler:
         values = logits.detach().float()
         owned = values.dtype != logits.dtype
         work, spare = self._memory_for(values)
-        peaks = peaks_of(values)
-        highest = (values if peaks is None else peaks).amax(-1, keepdim=True)
+        known = values if self._wide or self.vocab_size is None else values[:, : self.vocab_size]
+        peaks = peaks_of(known)
+        highest = (known if peaks is None else peaks).amax(-1, keepdim=True)
+        if known.shape != values.shape:
+            highest = torch.maximum(highest, values[:, self.vocab_size :].amax(-1, keepdim=True))
         # two to the power of it: torch has that vectorised, four times as fast as e to the power of it
         norm = torch.sub(values, highest, out=work).mul_(_LOG2_E).exp2_().sum(-1, keepdim=True).log_()
         if self.vocab_size is not None and self._wide:
             values = values if owned else values.clone()
             values[:, self.vocab_size :] = -torch.inf
-            owned, peaks = True, None
-        elif self.vocab_size is not None:
-            values, peaks = values[:, : self.vocab_size], None
-        scores = Scores(values, None, values.shape[-1], owned, peaks, spare)
+            known, owned, peaks = values, True, None
+        scores = Scores(known, None, known.shape[-1], owned, peaks, spare)
         history = History(self.table, rows, logits.device)
         for stage in self._stages(rows, logits.device):
             scores = stage(scores, history)
