@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +25,53 @@ FORMS = {
     "tied": (LlamaConfig(**SIZES, tie_word_embeddings=True), {}),
     "biased": (Qwen2Config(**SIZES), {}),
     "shards": (LlamaConfig(**SIZES), {"max_shard_size": "20KB"}),
-    "bin": (LlamaConfig(**SIZES), {"bin": True}),
-    "tied bin": (LlamaConfig(**SIZES, tie_word_embeddings=True), {"bin": True}),
+    "bin": (LlamaConfig(**SIZES), {"bin": 1}),
+    "bin shards": (LlamaConfig(**SIZES), {"bin": 3}),
+    "tied bin": (LlamaConfig(**SIZES, tie_word_embeddings=True), {"bin": 1}),
 }
 
 
 def save(model: PreTrainedModel, path: Path, **how: Any) -> None:
-    if not how.pop("bin", False):
+    shards = how.pop("bin", 0)
+    if not shards:
         return model.save_pretrained(path, **how)
     path.mkdir()
     model.config.save_pretrained(path)
-    torch.save(model.state_dict(), path / "pytorch_model.bin")
+    state = model.state_dict()
+    if shards == 1:
+        return torch.save(state, path / "pytorch_model.bin")
+    weight_map = {key: f"pytorch_model-{i % shards + 1:05d}-of-{shards:05d}.bin" for i, key in enumerate(state)}
+    for name in set(weight_map.values()):
+        torch.save({key: tensor for key, tensor in state.items() if weight_map[key] == name}, path / name)
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for file in path.glob("*.safetensors"):
         found |= load_file(file)
+    for file in path.glob("*.bin"):
+        found |= torch.load(file, weights_only=True)
     return found
 
 
+def loaded(path: Path) -> PreTrainedModel:
+    """The model, of which the checkpoint lacks nothing and has nothing too much."""
+    model, said = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa", output_loading_info=True)
+    assert not any(said.values()), said
+    return model.eval()
+
+
 def logits_of(path: Path) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa").eval()
     with torch.no_grad():
-        return model(IDS).logits
+        return loaded(path)(IDS).logits
+
+
+def assert_same_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert found[key].dtype == tensor.dtype, key
+        assert torch.equal(found[key], tensor), key
 
 
 @pytest.fixture(params=FORMS)
@@ -63,17 +87,15 @@ def checkpoint(request, tmp_path) -> Path:
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_there_and_back_the_tensors_and_the_logits_are_the_same(checkpoint, tmp_path, in_place):
-    logits = logits_of(checkpoint)
-    before = tensors_of(checkpoint)
+    logits, whole = logits_of(checkpoint), loaded(checkpoint).state_dict()
+    config = json.loads((checkpoint / "config.json").read_text())
+    kept = {key: tensor for key, tensor in tensors_of(checkpoint).items() if llama.layout(key, config)}
     llm_sepweight.split(checkpoint, tmp_path / "split", layout=llama.layout, in_place=in_place)
     llm_sepweight.export(tmp_path / "split", tmp_path / "back", max_shard_nbytes=30_000)
-    after = tensors_of(tmp_path / "back")
-    if before:
-        assert after.keys() == before.keys()
-        assert all(torch.equal(after[key], before[key]) for key in after)
+    assert_same_tensors(tensors_of(tmp_path / "back"), kept)  # a tied head that is stored all the same is dropped
+    assert_same_tensors(loaded(tmp_path / "back").state_dict(), whole)  # and is there again
     assert torch.equal(logits_of(tmp_path / "back"), logits)
-    config, back = (json.loads((path / "config.json").read_text()) for path in (checkpoint, tmp_path / "back"))
-    assert back == config
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
 
 
 def test_a_model_dumped_from_memory_is_the_one_that_transformers_saves(checkpoint, tmp_path):

@@ -63,7 +63,11 @@ def test_tied_tensors_are_stored_once_and_views_are_what_they_show(tmp_path, str
     with llm_sepweight.open(tmp_path) as weights:
         found = weights.load("begin") | weights.load("end")
         assert weights.manifest is not None
-        assert weights.manifest.parts["end"].tensors["head"] == {"part": "begin", "name": "embed"}
+        assert weights.manifest.parts["end"].tensors["head"] == {
+            "part": "begin",
+            "name": "embed",
+            "keys": ["head"],
+        }
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
 
@@ -205,6 +209,31 @@ def test_an_export_holds_the_tensors_under_the_names_that_they_had(directory, ch
     if index.exists():
         assert set(json.loads(index.read_text())["weight_map"]) == set(found)
     assert (tmp_path / "back" / "config.json").read_bytes() == (checkpoint / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("form", ["memory", "stream", "bin", "in place", "split twice"])
+def test_an_export_has_every_name_of_tensors_that_share_their_bytes(tmp_path, form):
+    base = torch.randn(100, 24)
+    state = {"embed": base, "norm": torch.randn(24), "head": base}
+    parts = {"embed": "begin", "norm": "end", "head": "end"}
+
+    def layout(key, config):
+        return [(parts[key], f"{key}.weight")]
+
+    if form in ("memory", "stream"):
+        dump(state if form == "memory" else [state], tmp_path / "split", config={}, layout=layout)
+    else:
+        (tmp_path / "source").mkdir()
+        torch.save(state, tmp_path / "source" / "pytorch_model.bin")
+        llm_sepweight.split(tmp_path / "source", tmp_path / "split", layout=layout, in_place=form == "in place")
+    if form == "split twice":
+        (tmp_path / "split").rename(tmp_path / "first")
+        llm_sepweight.split(tmp_path / "first", tmp_path / "split")
+    assert sum(file.stat().st_size for file in (tmp_path / "split").glob("*.safetensors")) < 2 * base.nbytes + 8192
+    export(tmp_path / "split", tmp_path / "back")
+    found = load_file(tmp_path / "back" / "model.safetensors")
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in state.items())
 
 
 def test_what_makes_no_whole_checkpoint_is_not_exported(directory, checkpoint, layout, tensors, tmp_path):

@@ -6,22 +6,23 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from llm_sepweight._catalog import Entry, Extent, TensorInfo
+from llm_sepweight._catalog import Catalog, Entry, Extent, TensorInfo
 from llm_sepweight._checkpoint import Layout, arrange
 from llm_sepweight._copying import Piece, Progress, fill, literal, write_files
 from llm_sepweight._errors import WeightError
 from llm_sepweight._freeing import Freeing
-from llm_sepweight._header import DTYPES, file_order, make_header
+from llm_sepweight._header import DTYPES, file_order, make_header, read_header
 from llm_sepweight._journal import read_journal
 from llm_sepweight._manifest import MANIFEST
 from llm_sepweight._parts import check_not_needed, write_parts
 from llm_sepweight._source import StoreSource
-from llm_sepweight._store import WeightStore, open
+from llm_sepweight._store import WeightStore
 from llm_sepweight._writing import make_directory
 
 StateDict = Mapping[str, torch.Tensor]
@@ -66,27 +67,25 @@ def dump(
         shutil.rmtree(stage)
     make_directory(stage)
     try:
-        aliases = _write_stage(stage, tensors, config)
-
-        def with_aliases(key: str, config: Mapping[str, Any]) -> list[Any]:
-            return [place for name in (key, *aliases.get(key, ())) for place in layout(name, config)]
-
-        with open(stage, with_aliases) as store:
+        extents = _write_stage(stage, tensors)
+        parts = arrange(extents, layout, dict(config))
+        sizes = {extent.file: Path(extent.file).stat().st_size for extent in extents}
+        with WeightStore(stage, Catalog(dict(config), parts, sizes)) as store:
             source = _Stage(store)
             write_parts(source, directory, dtype=dtype, progress=progress, freeing=Freeing(source))
     finally:
         shutil.rmtree(stage)
 
 
-def _write_stage(stage: Path, stream: Iterable[StateDict], config: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Write a stream as a checkpoint, a file for each dict; further names of tensors that are written already."""
-    weight_map: dict[str, str] = {}
-    aliases: dict[str, list[str]] = {}
+def _write_stage(stage: Path, stream: Iterable[StateDict]) -> list[Extent]:
+    """Write a stream, a file for each dict; where each tensor lies, those that share memory in one place."""
+    extents: list[Extent] = []
     seen: set[str] = set()
     for number, tensors in enumerate(stream):
         infos: dict[str, TensorInfo] = {}
         flat: dict[str, torch.Tensor] = {}
         first_name: dict[tuple[int, TensorInfo], str] = {}
+        aliases: dict[str, list[str]] = {}
         for key, tensor in tensors.items():
             if key in seen:
                 raise WeightError("this name comes twice in the stream", tensor=key)
@@ -102,10 +101,9 @@ def _write_stage(stage: Path, stream: Iterable[StateDict], config: Mapping[str, 
         contents = [literal(make_header({key: infos[key] for key in order})), *(piece_of(flat[key]) for key in order)]
         with closing(write_files([(file, contents)])) as written:
             list(written)
-        weight_map |= dict.fromkeys(infos, file.name)
-    (stage / "config.json").write_text(json.dumps(dict(config)))
-    (stage / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return aliases
+        for extent in read_header(file):
+            extents += [replace(extent, key=key) for key in (extent.key, *aliases.get(extent.key, ()))]
+    return extents
 
 
 def _flat(key: str, tensor: torch.Tensor) -> tuple[TensorInfo, torch.Tensor]:
@@ -141,7 +139,7 @@ class _Memory:
         pass
 
     def companions(self) -> dict[str, bytes]:
-        return {"config.json": json.dumps(self.config, indent=2).encode()} if self.config else {}
+        return _config_file(self.config)
 
 
 class _Stage(StoreSource):
@@ -153,6 +151,13 @@ class _Stage(StoreSource):
 
     def fingerprint(self) -> None:
         return None
+
+    def companions(self) -> dict[str, bytes]:
+        return _config_file(self.config)
+
+
+def _config_file(config: Mapping[str, Any]) -> dict[str, bytes]:
+    return {"config.json": json.dumps(config, indent=2).encode()} if config else {}
 
 
 def piece_of(flat: torch.Tensor) -> Piece:

@@ -42,7 +42,11 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class PartInfo:
-    """A part's file. tensors: name -> what `stored` gives, or {"part": part, "name": name} where another file has it."""
+    """A part's file.
+
+    tensors: name -> what `stored` gives; {"part": part, "name": name} where that one is stored already, with "keys" where
+    the checkpoint has this one under a name of its own.
+    """
 
     file: str
     nbytes: int
@@ -179,12 +183,15 @@ def _is_file_info(nbytes: object, text: object) -> bool:
 
 def _is_tensor(field: dict[str, Any]) -> bool:
     """Whether this is an entry of a tensor by its form; what the file says of it is compared later."""
+    keys = field.get("keys", [])
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        return False
     if "part" in field:
         return isinstance(field["part"], str) and isinstance(field.get("name"), str)
-    shape, keys = field.get("shape"), field.get("keys", [])
-    if not isinstance(shape, list) or not isinstance(keys, list) or not isinstance(field.get("dtype"), str):
+    shape = field.get("shape")
+    if not isinstance(shape, list) or not isinstance(field.get("dtype"), str):
         return False
-    return all(type(count) is int and count >= 0 for count in shape) and all(isinstance(key, str) for key in keys)
+    return all(type(count) is int and count >= 0 for count in shape)
 
 
 def _check_names(manifest: Manifest, file: object) -> None:
@@ -216,10 +223,13 @@ def read_directory(directory: Path) -> tuple[Manifest, Catalog]:
         except WeightError as error:
             error.part = part
             raise
+
+    def entry(part: str, name: str, field: Mapping[str, Any]) -> Entry:
+        found = stored_here[field.get("part", part)][field.get("name", name)]
+        return replace(found, keys=tuple(field["keys"])) if "keys" in field else found
+
     entries = {
-        part: {
-            name: stored_here[field.get("part", part)][field.get("name", name)] for name, field in info.tensors.items()
-        }
+        part: {name: entry(part, name, field) for name, field in info.tensors.items()}
         for part, info in manifest.parts.items()
     }
     sizes = {str(directory / info.file): info.nbytes for info in manifest.parts.values()}

@@ -64,13 +64,15 @@ def _stored_once(
     """What each part's file holds, and for the rest of its tensors, which are the same bytes, in which part they are."""
     own: dict[str, dict[str, Entry]] = {part: {} for part in parts}
     tied: dict[str, dict[str, dict[str, Any]]] = {part: {} for part in parts}
-    first: dict[Any, dict[str, str]] = {}
+    first: dict[Any, tuple[str, str]] = {}
     for part, entries in parts.items():
         for name, entry in entries.items():
             bytes_of_it = tuple((extent.file, extent.offset) for extent in entry.extents)
-            place_of_it = first.setdefault((entry.info, bytes_of_it), {"part": part, "name": name})
-            if place_of_it == {"part": part, "name": name} or entry.info.nbytes == 0:
+            holder, its_name = first.setdefault((entry.info, bytes_of_it), (part, name))
+            if (holder, its_name) == (part, name) or entry.info.nbytes == 0:
                 own[part][name] = entry
             else:
-                tied[part][name] = place_of_it
+                tied[part][name] = {"part": holder, "name": its_name}
+                if entry.keys != parts[holder][its_name].keys:  # two tensors of the checkpoint share these bytes
+                    tied[part][name]["keys"] = list(entry.keys)
     return own, tied

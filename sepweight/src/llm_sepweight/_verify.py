@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from llm_sepweight._catalog import parse_json
 from llm_sepweight._checkpoint import Layout
@@ -103,9 +104,13 @@ def _planned(source: Source, part: str, info: PartInfo) -> PlannedPart | None:
     """The part's file as a split of the source would write it, in the dtype in which it was written."""
     for dtype in (None, *FLOATS) if part in source.parts else ():
         planned = plan(source.parts, dtype)[part]
-        if planned.tensors == info.tensors:
+        if _stored(planned.tensors) == _stored(info.tensors):
             return planned
     return None
+
+
+def _stored(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    return {name: field for name, field in tensors.items() if "part" not in field}
 
 
 def _write_all(directory: Path, source: Source, progress: Progress | None) -> None:
