@@ -57,7 +57,8 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
 
 def loaded(path: Path) -> PreTrainedModel:
     """The model, of which the checkpoint lacks nothing and has nothing too much."""
-    model, said = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa", output_loading_info=True)
+    either: Any = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa", output_loading_info=True)
+    model, said = either
     assert not any(said.values()), said
     return model.eval()
 

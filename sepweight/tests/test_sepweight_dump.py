@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,6 +86,39 @@ def test_memory_of_one_dict_after_the_other_may_be_the_same(tmp_path):
         assert [weights.load(part)["x"][0].item() for part in weights.parts] == [0, 1, 2]
 
 
+SLOW = """
+import sys, torch, llm_sepweight
+
+def stream():
+    for number in range(3):
+        print("under way", flush=True)
+        sys.stdin.readline()
+        yield {str(number): torch.full((8,), float(sys.argv[2]) + number)}
+
+llm_sepweight.dump(stream(), sys.argv[1], config={}, layout=lambda key, config: [(f"mid.0000{key}", "x")])
+"""
+
+
+def test_of_two_processes_that_dump_to_one_place_the_second_is_refused(tmp_path):
+    def start(value: int) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", SLOW, tmp_path / "dumped", str(value)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    with start(10) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "under way\n"
+        with start(20) as second:
+            _, said = second.communicate("\n\n\n")
+        assert second.returncode == 1
+        assert re.search("another process is writing here.*Wait until it is done", said)
+        first.communicate("\n\n\n")
+    assert first.returncode == 0
+    with llm_sepweight.open(tmp_path / "dumped", verify="lazy") as weights:
+        assert [weights.load(part)["x"][0].item() for part in weights.parts] == [10, 11, 12]
+
+
 def test_what_cannot_be_dumped_is_named_and_nothing_looks_finished(tensors, layout, tmp_path):
     def end(key, config):
         return [("end", key)]
@@ -95,7 +131,7 @@ def test_what_cannot_be_dumped_is_named_and_nothing_looks_finished(tensors, layo
     ):
         with pytest.raises(WeightError, match=message):
             dump(state, tmp_path / "new", config={}, layout=end)
-        assert not list((tmp_path / "new").glob("*")) if (tmp_path / "new").exists() else True
+        assert "sepweight.json" not in (os.listdir(tmp_path / "new") if (tmp_path / "new").exists() else [])
     dump(tensors, tmp_path / "new", config=CONFIG, layout=layout)
     for state in (in_pieces(tensors, 0), {key: t + 1 for key, t in tensors.items()}):
         with pytest.raises(WeightError, match="split model here already"):
@@ -126,6 +162,7 @@ def test_dtype_converts_floats_as_torch_does_and_nothing_else(tmp_path, dtype, m
 def test_a_dtype_that_is_no_float_is_refused(checkpoint, layout, tmp_path):
     with pytest.raises(ValueError, match="dtype: .*torch.bfloat16 are possible, not torch.int8"):
         llm_sepweight.split(checkpoint, tmp_path / "new", layout=layout, dtype=torch.int8)
+    assert not (tmp_path / "new").exists()
 
 
 # Directories of begin.pth, mid.00000.pth, ..., end.pth

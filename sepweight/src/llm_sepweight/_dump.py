@@ -23,7 +23,7 @@ from llm_sepweight._manifest import MANIFEST
 from llm_sepweight._parts import check_not_needed, write_parts
 from llm_sepweight._source import StoreSource
 from llm_sepweight._store import WeightStore
-from llm_sepweight._writing import make_directory
+from llm_sepweight._writing import locked, naming
 
 StateDict = Mapping[str, torch.Tensor]
 STAGE = ".sepweight.stage"
@@ -57,7 +57,20 @@ def dump(
     directory = Path(destination)
     if isinstance(tensors, Mapping):
         source = _Memory(cast(StateDict, tensors), config, layout)
-        return write_parts(source, directory, dtype=dtype, progress=progress)
+        with locked(directory):
+            return write_parts(source, directory, dtype=dtype, progress=progress)
+    with locked(directory):
+        _dump_stream(tensors, directory, config, layout, dtype, progress)
+
+
+def _dump_stream(
+    stream: Iterable[StateDict],
+    directory: Path,
+    config: Mapping[str, Any],
+    layout: Layout,
+    dtype: torch.dtype | None,
+    progress: Progress | None,
+) -> None:
     if (directory / MANIFEST).exists():
         remedy = "Choose another destination, or remove this one first."
         raise WeightError("there is a split model here already", file=directory / MANIFEST, remedy=remedy)
@@ -65,9 +78,10 @@ def dump(
     stage = directory / STAGE
     if stage.exists():  # of one that was killed
         shutil.rmtree(stage)
-    make_directory(stage)
+    with naming(stage):
+        stage.mkdir()
     try:
-        extents = _write_stage(stage, tensors)
+        extents = _write_stage(stage, stream)
         parts = arrange(extents, layout, dict(config))
         sizes = {extent.file: Path(extent.file).stat().st_size for extent in extents}
         with WeightStore(stage, Catalog(dict(config), parts, sizes)) as store:

@@ -16,7 +16,7 @@ from llm_sepweight._errors import WeightError
 from llm_sepweight._header import make_header
 from llm_sepweight._source import Source, StoreSource
 from llm_sepweight._store import WeightStore, open
-from llm_sepweight._writing import check_room, locked, make_directory, write_bytes
+from llm_sepweight._writing import check_room, locked, write_bytes
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # what families call it in config.json
 
@@ -49,7 +49,6 @@ def export(
         _check_whole(store)
         tensors = StoreSource(store)
         shards = list(_sharded(_by_key(tensors), max_shard_nbytes))
-        make_directory(directory)
         with locked(directory):
             if holds_weights(directory):
                 raise WeightError(

@@ -32,7 +32,7 @@ from llm_sepweight._parts import tool
 from llm_sepweight._plan import PlannedPart, plan
 from llm_sepweight._remote import START, Remote, RemoteFile, open_remote
 from llm_sepweight._source import COMPANIONS
-from llm_sepweight._writing import locked, make_directory, write_bytes
+from llm_sepweight._writing import locked, write_bytes
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 GUESSED = (  # where nothing can be listed
@@ -88,7 +88,6 @@ def fetch(
     ) as remote:
         with ThreadPoolExecutor(connections, thread_name_prefix="llm_sepweight ask") as pool:
             found = _find(remote, spec, layout, pool)
-        make_directory(directory)
         with locked(directory):
             here = _here(directory, found, remote)
             missing = {part: each for part, each in found.downloads.items() if not _is_here(directory, here, part)}

@@ -21,7 +21,7 @@ from llm_sepweight._journal import Journal, begin_journal, read_journal, remove_
 from llm_sepweight._manifest import MANIFEST, FileInfo, Manifest, PartInfo, needed, read_manifest
 from llm_sepweight._plan import PlannedPart, plan
 from llm_sepweight._source import Source
-from llm_sepweight._writing import check_room, locked, make_directory, write_bytes
+from llm_sepweight._writing import check_room, write_bytes
 
 
 def write_parts(
@@ -33,37 +33,35 @@ def write_parts(
     progress: Progress | None = None,
     freeing: Freeing | None = None,
 ) -> None:
-    """`split` for tensors from anywhere."""
+    """`split` for tensors from anywhere, by the one process that holds the directory's lock."""
     everything = plan(source.parts, dtype)
     parts = {part: everything[part] for part in needed(everything, spec)}
     if freeing is not None:
         freeing.begin(everything, [directory / planned.file for planned in parts.values()])
-    make_directory(directory)
-    with locked(directory):
-        order = {**_identity(source, parts), "in_place": freeing is not None}
-        fingerprint = source.fingerprint()
-        complete = (directory / MANIFEST).exists()
-        journal = read_journal(directory)
-        if fingerprint is None:
-            check_not_needed(journal)
-            journal = None
-        if journal is not None:
-            _check_order(journal, order)
-        elif complete:
-            _check_same(source, parts, directory, progress)
-            return remove_journal(directory)
-        else:
-            catalog = {} if freeing is None else {"catalog": freeing.catalog()}
-            journal = begin_journal(directory, {**order, "fingerprint": fingerprint, **catalog})
-        with closing(journal):
-            _check_fingerprint(journal, fingerprint, freeing is not None)
-            _write_missing(source, parts, journal, progress, freeing)
-            model = _model(source, dtype, journal.done if parts == everything else {})
-            manifest = _with_companions(source, parts, journal, directory, model)
-            write_bytes(directory / MANIFEST, manifest.to_bytes())
-        if freeing is not None:
-            freeing.finish(parts)
-        remove_journal(directory)
+    order = {**_identity(source, parts), "in_place": freeing is not None}
+    fingerprint = source.fingerprint()
+    complete = (directory / MANIFEST).exists()
+    journal = read_journal(directory)
+    if fingerprint is None:
+        check_not_needed(journal)
+        journal = None
+    if journal is not None:
+        _check_order(journal, order)
+    elif complete:
+        _check_same(source, parts, directory, progress)
+        return remove_journal(directory)
+    else:
+        catalog = {} if freeing is None else {"catalog": freeing.catalog()}
+        journal = begin_journal(directory, {**order, "fingerprint": fingerprint, **catalog})
+    with closing(journal):
+        _check_fingerprint(journal, fingerprint, freeing is not None)
+        _write_missing(source, parts, journal, progress, freeing)
+        model = _model(source, dtype, journal.done if parts == everything else {})
+        manifest = _with_companions(source, parts, journal, directory, model)
+        write_bytes(directory / MANIFEST, manifest.to_bytes())
+    if freeing is not None:
+        freeing.finish(parts)
+    remove_journal(directory)
 
 
 def contents_of(source: Source, part: str, planned: PlannedPart) -> Contents:

@@ -53,7 +53,8 @@ def split(
             raise WeightError(problem, file=directory, remedy="Choose another destination, or split in place.")
         found = StoreSource(store)
         freeing = Freeing(found) if in_place else None
-        write_parts(found, directory, spec=spec, dtype=dtype, progress=progress, freeing=freeing)
+        with locked(directory):
+            write_parts(found, directory, spec=spec, dtype=dtype, progress=progress, freeing=freeing)
 
 
 def _opened(

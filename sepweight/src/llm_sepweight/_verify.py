@@ -60,7 +60,8 @@ def verify(
         return found
     with nullcontext(source) if isinstance(source, WeightStore) else open(source, layout) as store:
         if manifest is None:
-            _write_all(directory, StoreSource(store), progress)
+            with locked(directory):
+                _write_all(directory, StoreSource(store), progress)
             return [replace(damage, repaired=True) for damage in found]
         with locked(directory):
             return [_repair(directory, damage, manifest, StoreSource(store)) for damage in found]

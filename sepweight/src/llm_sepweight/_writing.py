@@ -68,11 +68,6 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def make_directory(directory: Path) -> None:
-    with naming(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-
-
 def check_room(directory: Path, nbytes: int) -> None:
     """Raises WeightError where a directory's disk has not `nbytes` bytes free."""
     status = os.statvfs(directory)
@@ -94,8 +89,13 @@ def naming(path: object) -> Iterator[None]:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Raises WeightError where another process, or thread, is writing to this directory. A killed one holds no lock."""
-    path = directory / LOCK
+    """The directory, which is made, for one writer: WeightError where another process, or thread, is writing there.
+
+    One that was killed holds no lock. A directory that was made and stayed empty is removed.
+    """
+    path, new = directory / LOCK, not directory.exists()
+    with naming(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     with naming(path):
         descriptor = _lock(path)
     try:
@@ -103,6 +103,9 @@ def locked(directory: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)  # still ours: whoever opened it before finds another file there, or none
         os.close(descriptor)
+        if new:
+            with suppress(OSError):  # it is not empty
+                directory.rmdir()
 
 
 def _lock(path: Path) -> int:
