@@ -185,7 +185,9 @@ def seal(file: Path, manifest: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("version", 2, "version 2; 'sepweight' version 1 can be read.*Update llm_sepweight"),
+        ("version", 2, "version 2 of the format, newer than 1, which can be read.*Upgrade llm_sepweight"),
+        ("version", True, "version True"),
+        ("version", 0, "version 0; 'sepweight' version 1 can be read.*Split the model again"),
         ("version", None, "version None"),
         ("format", "other", "'other'"),
         ("config", None, "config, parts or files are missing"),

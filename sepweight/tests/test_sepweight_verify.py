@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import llm_sepweight
 from llm_sepweight import WeightError, WeightStore, verify
@@ -115,9 +116,104 @@ def test_a_damaged_manifest_is_written_anew_for_the_parts_that_are_there(checkpo
     whole = contents(directory)
     flip(directory / "sepweight.json", 300)
     flip(directory / "mid.00001.safetensors", 8000)
-    (found,) = verify(directory, source=checkpoint, layout=layout)
-    assert (found.file, found.repaired) == ("sepweight.json", True)
+    sound = {path: path.stat().st_ino for path in directory.iterdir() if "json" not in path.name}
+    del sound[directory / "mid.00001.safetensors"]
+    found = verify(directory, source=checkpoint, layout=layout)
+    assert [(each.file, each.repaired) for each in found] == [("sepweight.json", True), ("mid.00001.safetensors", True)]
     assert contents(directory) == whole
+    assert {path: path.stat().st_ino for path in sound} == sound  # what is right is not replaced
+
+
+@pytest.mark.parametrize("name", ["begin.safetensors", "tokenizer.json"])
+def test_what_a_lost_manifest_cannot_tell_is_not_replaced(directory, checkpoint, layout, name):
+    whole = contents(directory)
+    flip(directory / name, -1)
+    (directory / "sepweight.json").unlink()
+    damaged = contents(directory)
+    for _ in range(2):
+        manifest, other = verify(directory, source=checkpoint, layout=layout)
+        assert (manifest.file, manifest.repaired) == ("sepweight.json", False)
+        assert (other.file, other.repaired) == (name, False)
+        assert "are others than at the source, and the manifest cannot tell which is right" in other.problem
+        assert contents(directory) == damaged
+    (directory / name).unlink()  # the others need it, and are right
+    assert all(each.repaired for each in verify(directory, source=checkpoint, layout=layout))
+    assert contents(directory) == whole
+
+
+def test_a_damaged_manifest_and_the_checkpoint_of_another_model_leave_all_as_it_is(
+    directory, checkpoint, tensors, layout
+):
+    flip(directory / "sepweight.json", 300)
+    damaged = contents(directory)
+    for shard in checkpoint.glob("*.safetensors"):  # another fine-tune: only the layers are others
+        keys = load_file(shard)
+        save_file({key: tensors[key] * (2 if "layers" in key else 1) for key in keys}, shard)
+    found = verify(directory, source=checkpoint, layout=layout)
+    assert [each.file for each in found] == ["sepweight.json", *(f"mid.0000{i}.safetensors" for i in range(3))]
+    assert not any(each.repaired for each in found)
+    assert contents(directory) == damaged
+
+
+def test_a_part_that_only_the_damaged_manifest_knows_is_not_left_out(directory, checkpoint, layout):
+    flip(directory / "sepweight.json", 300)
+    damaged = contents(directory)
+
+    def fewer(key, config):
+        return [] if ".2." in key else layout(key, config)
+
+    found = verify(directory, source=checkpoint, layout=fewer)
+    assert [(each.file, each.repaired) for each in found] == [
+        ("sepweight.json", False), ("mid.00002.safetensors", False),
+    ]  # fmt: skip
+    assert "the source does not have it" in found[1].problem
+    assert contents(directory) == damaged
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("with_manifest", [False, True])
+def test_an_unfinished_split_is_no_damage_and_is_not_touched(checkpoint, layout, tmp_path, in_place, with_manifest):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        llm_sepweight.split(checkpoint, tmp_path / "split", layout=layout, in_place=in_place, progress=stop)
+    if with_manifest:  # that of the finished split, damaged, as after a crash at its very end
+        (tmp_path / "split" / "sepweight.json").write_text("{")
+    before = contents(tmp_path / "split")
+    remedy = "Do not remove the directory" if in_place else "Run it again, as it was"
+    for source in (None, copy):
+        with pytest.raises(WeightError, match=f"split of 'checkpoint' to this directory is not finished.*{remedy}"):
+            verify(tmp_path / "split", source=source, layout=layout)
+    assert contents(tmp_path / "split") == before
+    (tmp_path / "split" / "sepweight.json").unlink(missing_ok=True)
+    llm_sepweight.split(checkpoint, tmp_path / "split", layout=layout, in_place=in_place)
+    assert verify(tmp_path / "split") == []
+
+
+def test_an_unfinished_fetch_is_no_damage(directory, tmp_path):
+    def stop(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        llm_sepweight.fetch(directory, "f", tmp_path / "node", progress=stop)
+    with pytest.raises(WeightError, match="not finished.*Run it again"):
+        verify(tmp_path / "node", source=directory)
+
+
+def test_a_newer_format_is_no_damage(directory, checkpoint, layout):
+    manifest = directory / "sepweight.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"version": 1', b'"version": 2'))
+    before = contents(directory)
+    for source in (None, checkpoint):
+        with pytest.raises(WeightError, match="version 2 of the format, newer than 1.*Upgrade llm_sepweight"):
+            verify(directory, source=source, layout=layout)
+    assert contents(directory) == before
 
 
 def test_another_copy_repairs_as_well(directory, tmp_path):

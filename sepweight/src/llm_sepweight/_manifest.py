@@ -32,6 +32,10 @@ FORMAT, VERSION = "sepweight", 1
 UNSEALED = PREFIX + "0" * 32
 
 
+class NewerError(WeightError):
+    """A manifest of a later version of the format: nothing can be said of it, not even that it is damaged."""
+
+
 @dataclass(frozen=True)
 class FileInfo:
     """A file beside the parts."""
@@ -117,10 +121,14 @@ def parse_manifest(data: bytes, file: object) -> Manifest:
         fields = parse_json(data)
     except (ValueError, RecursionError) as error:
         raise WeightError(f"no valid JSON: {error}", file=file, remedy=DAMAGED) from error
-    if fields.get("format") != FORMAT or fields.get("version") != VERSION or fields["version"] is True:
-        found = f"{fields.get('format')!r} version {fields.get('version')!r}"
-        remedy = "Update llm_sepweight, or split the model again."
-        raise WeightError(f"this is {found}; {FORMAT!r} version {VERSION} can be read", file=file, remedy=remedy)
+    version = fields.get("version")
+    if fields.get("format") == FORMAT and type(version) is int and version > VERSION:
+        problem = f"this is version {version} of the format, newer than {VERSION}, which can be read"
+        remedy = "Upgrade llm_sepweight. If nothing newer wrote it, it is damaged: remove it, and verify with a source."
+        raise NewerError(problem, file=file, remedy=remedy)
+    if fields.get("format") != FORMAT or type(version) is not int or version != VERSION:
+        problem = f"this is {fields.get('format')!r} version {version!r}; {FORMAT!r} version {VERSION} can be read"
+        raise WeightError(problem, file=file, remedy="Split the model again.")
     _check_seal(data, fields.get("checksum"), file)
     tool, source, config, parts, files = map(fields.get, ("tool", "source", "config", "parts", "files"))
     model = fields.get("model", "")

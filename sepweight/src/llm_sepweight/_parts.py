@@ -56,9 +56,12 @@ def write_parts(
     with closing(journal):
         _check_fingerprint(journal, fingerprint, freeing is not None)
         _write_missing(source, parts, journal, progress, freeing)
-        model = _model(source, dtype, journal.done if parts == everything else {})
-        manifest = _with_companions(source, parts, journal, directory, model)
-        write_bytes(directory / MANIFEST, manifest.to_bytes())
+        companions = source.companions()
+        for name, data in companions.items():
+            write_bytes(directory / name, data)
+        files = {name: FileInfo(len(data), checksum(data)) for name, data in companions.items()}
+        model = model_of(source, dtype, journal.done if parts == everything else {})
+        write_bytes(directory / MANIFEST, manifest_of(source, parts, journal.done, files, model).to_bytes())
     if freeing is not None:
         freeing.finish(parts)
     remove_journal(directory)
@@ -190,26 +193,26 @@ def _check_same(source: Source, parts: Mapping[str, PlannedPart], directory: Pat
         raise WeightError(problem, file=directory / damaged[0].file, remedy=remedy)
 
 
-def _model(source: Source, dtype: torch.dtype | None, done: Mapping[str, FileInfo]) -> str:
+def model_of(source: Source, dtype: torch.dtype | None, done: Mapping[str, FileInfo]) -> str:
     """The name of the whole model, where all its parts were written, or the source has one that holds for some."""
     if done:
         return checksum("\n".join(done[part].checksum for part in in_order(done)).encode())
     return source.model if dtype is None else ""
 
 
-def _with_companions(
-    source: Source, parts: Mapping[str, PlannedPart], journal: Journal, directory: Path, model: str
+def manifest_of(
+    source: Source,
+    parts: Mapping[str, PlannedPart],
+    done: Mapping[str, FileInfo],
+    files: Mapping[str, FileInfo],
+    model: str,
 ) -> Manifest:
-    """The manifest, once the small files are there, too."""
-    companions = source.companions()
-    for name, data in companions.items():
-        write_bytes(directory / name, data)
+    """The manifest of parts whose files are written."""
     infos = {
-        part: PartInfo(planned.file, planned.nbytes, journal.done[part].checksum, planned.tensors)
+        part: PartInfo(planned.file, planned.nbytes, done[part].checksum, planned.tensors)
         for part, planned in parts.items()
     }
-    files = {name: FileInfo(len(data), checksum(data)) for name, data in companions.items()}
-    return Manifest(tool(), source.name, source.config, infos, files, model)
+    return Manifest(tool(), source.name, source.config, infos, dict(files), model)
 
 
 def tool() -> str:

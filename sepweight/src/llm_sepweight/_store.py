@@ -18,7 +18,7 @@ from llm_sepweight._manifest import MANIFEST, Manifest, read_directory
 from llm_sepweight._placing import RowGroup, in_place, place, row_groups
 from llm_sepweight._reader import THREADS, Reader
 from llm_sepweight._reading import PAGE, as_tensor, page_aligned, pages, whole_pages
-from llm_sepweight._writing import LOCK
+from llm_sepweight._writing import unfinished
 
 
 def open(path: str | Path, layout: Layout | None = None, *, verify: str | None = None) -> WeightStore:
@@ -48,7 +48,7 @@ def open(path: str | Path, layout: Layout | None = None, *, verify: str | None =
     if (directory / MANIFEST).exists():
         manifest, catalog = read_directory(directory)
         return WeightStore(directory, catalog, manifest, checked=verify == "lazy")
-    if any(path.name != LOCK for path in directory.glob(".sepweight.*")):
+    if unfinished(directory):
         problem = "a split or fetch to this directory is not finished"
         raise WeightError(problem, file=directory, remedy="Run it again, as it was.")
     if verify is not None:

@@ -8,19 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llm_sepweight._catalog import parse_json
 from llm_sepweight._checkpoint import Layout
 from llm_sepweight._checksum import checksum
 from llm_sepweight._copying import Progress, checksums, write_files
 from llm_sepweight._damage import Damage, damages
 from llm_sepweight._errors import WeightError
-from llm_sepweight._journal import remove_journal
-from llm_sepweight._manifest import MANIFEST, Manifest, PartInfo, read_manifest
-from llm_sepweight._parts import contents_of, write_parts
+from llm_sepweight._journal import read_journal
+from llm_sepweight._manifest import MANIFEST, Manifest, NewerError, PartInfo, read_manifest
+from llm_sepweight._mending import mend_manifest
+from llm_sepweight._parts import contents_of
 from llm_sepweight._plan import FLOATS, PlannedPart, plan
 from llm_sepweight._source import Source, StoreSource
 from llm_sepweight._store import WeightStore, open
-from llm_sepweight._writing import locked, remove, write_bytes
+from llm_sepweight._writing import locked, unfinished, write_bytes
 
 
 def verify(
@@ -33,9 +33,11 @@ def verify(
     """Read every file of a split model and compare it with the manifest's checksums; the damaged and missing ones.
 
     source: what the model was split from, or another copy of it: damaged files are written anew, and are put in place only
-        if they have the checksums that they must have. Where the manifest itself is damaged, all parts are.
+        if they have the checksums that they must have. Where the manifest itself is damaged, it is written anew once all
+        other files are what the source has; of those that are not, only what still stands in it can tell which are damaged.
     layout: for the source, as in `open`. progress: called with (bytes done, bytes in all).
-    Raises WeightError where there is no such directory or the source cannot be read.
+    Raises WeightError where there is no such directory, a split or fetch to it is not finished, its format is newer than
+    this library, or the source cannot be read.
 
     >>> import tempfile, safetensors.torch, torch, llm_sepweight
     >>> with tempfile.TemporaryDirectory() as temporary:
@@ -50,21 +52,37 @@ def verify(
     directory = Path(path)
     if not directory.is_dir():
         raise WeightError("there is no such directory", file=directory, remedy="Check the path.")
-    try:
-        manifest = read_manifest(directory)
-    except WeightError as error:
-        found, manifest = [Damage(MANIFEST, error.problem)], None
-    else:
-        found = damages(directory, manifest, progress)
+    manifest, found = _examined(directory, progress)
     if not found or source is None:
         return found
-    with nullcontext(source) if isinstance(source, WeightStore) else open(source, layout) as store:
+    with nullcontext(source) if isinstance(source, WeightStore) else open(source, layout) as store, locked(directory):
         if manifest is None:
-            with locked(directory):
-                _write_all(directory, StoreSource(store), progress)
-            return [replace(damage, repaired=True) for damage in found]
-        with locked(directory):
-            return [_repair(directory, damage, manifest, StoreSource(store)) for damage in found]
+            _check_finished(directory)
+            return mend_manifest(directory, found[0], StoreSource(store), progress)
+        return [_repair(directory, damage, manifest, StoreSource(store)) for damage in found]
+
+
+def _examined(directory: Path, progress: Progress | None) -> tuple[Manifest | None, list[Damage]]:
+    """The manifest, unless it is damaged, and what is."""
+    try:
+        manifest = read_manifest(directory)
+    except NewerError:
+        raise
+    except WeightError as error:
+        _check_finished(directory)
+        return None, [Damage(MANIFEST, error.problem)]
+    return manifest, damages(directory, manifest, progress)
+
+
+def _check_finished(directory: Path) -> None:
+    """Where the manifest cannot be read, this may be the work of a split that goes on later, and knows what it holds."""
+    journal = read_journal(directory)
+    if journal is not None:
+        problem = f"the split of {journal.plan.get('source')!r} to this directory is not finished"
+        raise WeightError(problem, file=directory, remedy=journal.remedy("Run it again, as it was."))
+    if unfinished(directory) and not (directory / MANIFEST).exists():
+        problem = "a fetch or dump to this directory is not finished"
+        raise WeightError(problem, file=directory, remedy="Run it again, as it was.")
 
 
 def _repair(directory: Path, damage: Damage, manifest: Manifest, source: Source) -> Damage:
@@ -112,45 +130,3 @@ def _planned(source: Source, part: str, info: PartInfo) -> PlannedPart | None:
 
 def _stored(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     return {name: field for name, field in tensors.items() if "part" not in field}
-
-
-def _write_all(directory: Path, source: Source, progress: Progress | None) -> None:
-    """Split anew what is here, where the manifest cannot be believed."""
-    plans = {dtype: plan(source.parts, dtype) for dtype in (None, *FLOATS)}
-    fitting = {dtype: _fitting(directory, everything) for dtype, everything in plans.items()}
-    dtype = max(fitting, key=lambda dtype: len(fitting[dtype]))
-    if not fitting[dtype]:
-        problem = "the manifest is damaged, and the source does not hold what is in the other files"
-        raise WeightError(problem, file=directory / MANIFEST, remedy="Split the model again, to another place.")
-    everything = plans[dtype]
-    here = {part for part, planned in everything.items() if (directory / planned.file).exists()}
-    wanted = here | (_claimed(directory / MANIFEST) & everything.keys())
-    remove(directory / MANIFEST)
-    remove_journal(directory)
-    write_parts(source, directory, spec=_spec(wanted, everything), dtype=dtype, progress=progress)
-
-
-def _fitting(directory: Path, planned: Mapping[str, PlannedPart]) -> list[str]:
-    """The parts whose files have the header that they would be given."""
-    found = []
-    for part, each in planned.items():
-        path = directory / each.file
-        if path.is_file():
-            with path.open("rb") as file:
-                if file.read(len(each.header)) == each.header:
-                    found.append(part)
-    return found
-
-
-def _claimed(path: Path) -> set[str]:
-    """The parts that a damaged manifest names, as far as it can be read."""
-    try:
-        return set(parse_json(path.read_bytes())["parts"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return set()
-
-
-def _spec(parts: set[str], everything: Mapping[str, PlannedPart]) -> str:
-    words = {"begin": "b", "end": "e"}
-    tops = {part.split("/")[0] for part in everything if part in parts}
-    return " ".join(words.get(top) or f"{int(top[4:])}:{int(top[4:]) + 1}" for top in sorted(tops))

@@ -76,6 +76,11 @@ def check_room(directory: Path, nbytes: int) -> None:
         raise WeightError(problem, file=directory, remedy="Make room or choose another destination.")
 
 
+def unfinished(directory: Path) -> bool:
+    """Whether whoever wrote to a directory has left what it needs to go on."""
+    return any(path.name != LOCK for path in directory.glob(".sepweight.*"))
+
+
 @contextmanager
 def naming(path: object) -> Iterator[None]:
     """Errors of the file system say what was being written."""
