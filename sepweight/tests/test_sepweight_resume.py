@@ -193,14 +193,59 @@ def test_nothing_else_is_written_over_an_unfinished_split_in_place(forks, sharde
     with pytest.raises(WeightError, match=f"other options.*{only_copy}"):
         llm_sepweight.split(sharded, destination, layout=layout, dtype=torch.float32, in_place=True)
     shard = next(sharded.glob("*.safetensors"))
-    times = shard.stat().st_mtime_ns
-    os.utime(shard)
+    data = shard.read_bytes()
+    replace_with(shard, flipped(data))
     with pytest.raises(WeightError, match=f"source has changed.*{only_copy}"):
         llm_sepweight.split(sharded, destination, layout=layout, in_place=True)
     assert contents(destination) == before
-    os.utime(shard, ns=(times, times))
+    replace_with(shard, data)
     llm_sepweight.split(sharded, destination, layout=layout, in_place=True)
     assert llm_sepweight.verify(destination) == []
+
+
+def flipped(data: bytes) -> bytes:
+    """Another fine-tune, as it were: the same header, other values."""
+    return data[:-5] + bytes([data[-5] ^ 1]) + data[-4:]
+
+
+def replace_with(file: Path, data: bytes) -> None:
+    """Put another file in a file's place, that bears the same time."""
+    times = file.stat().st_mtime_ns
+    other = file.with_suffix(".other")
+    other.write_bytes(data)
+    os.utime(other, ns=(times, times))
+    other.replace(file)
+
+
+def test_a_shard_that_was_replaced_by_another_of_the_same_size_and_time_is_noticed(forks, sharded, tmp_path, layout):
+    assert forks(sharded, tmp_path / "split", False, 40)[0] == -9
+    for file in sharded.glob("model-?.safetensors"):
+        data = file.read_bytes()
+        replace_with(file, flipped(data))
+        with pytest.raises(WeightError, match=f"source has changed since .*{file.name}.*split again"):
+            llm_sepweight.split(sharded, tmp_path / "split", layout=layout)
+        break
+    shutil.rmtree(tmp_path / "split")
+
+    def change(done: int, total: int) -> None:
+        replace_with(file, data)
+
+    with pytest.raises(WeightError, match=f"source was changed meanwhile.*{file.name}"):
+        llm_sepweight.split(sharded, tmp_path / "split", layout=layout, progress=change)
+
+
+def test_a_freed_shard_that_is_put_back_for_a_damaged_part_is_taken_though_its_times_are_others(
+    forks, sharded, tmp_path, layout
+):
+    before = contents(sharded)
+    kept = unfinished(forks, sharded, tmp_path / "split", in_place=True)
+    for file in kept:
+        damage(file)
+    for name, data in before.items():
+        (sharded / name).write_bytes(data)
+    llm_sepweight.split(sharded, tmp_path / "split", layout=layout, in_place=True)
+    assert llm_sepweight.verify(tmp_path / "split") == []
+    assert not list(sharded.glob("model*"))
 
 
 def test_a_record_whose_last_line_was_cut_short_counts_without_it(forks, sharded, tmp_path, layout):

@@ -21,6 +21,7 @@ from llm_sepweight._journal import Journal, begin_journal, read_journal, remove_
 from llm_sepweight._manifest import MANIFEST, FileInfo, Manifest, PartInfo, needed, read_manifest
 from llm_sepweight._plan import PlannedPart, plan
 from llm_sepweight._source import Source
+from llm_sepweight._states import same
 from llm_sepweight._writing import check_room, write_bytes
 
 
@@ -159,10 +160,14 @@ def check_not_needed(journal: Journal | None) -> None:
 
 
 def _check_fingerprint(journal: Journal, found: Mapping[str, Any] | None, freed: bool) -> None:
-    """The source is the one that the unfinished split began with; files that it removed itself may be missing."""
+    """The source is the one that the unfinished split began with.
+
+    Files that a split in place removed may be missing, or were put back: a refusal would leave parts of a model that
+    nobody else has.
+    """
     begun, found = journal.plan["fingerprint"] or {}, found or {}
     for name in {**begun, **found}:
-        if begun.get(name) != found.get(name) and not (freed and name not in found):
+        if not same(begun.get(name), found.get(name), put_back=freed) and not (freed and name not in found):
             problem = "the source has changed since the split that is unfinished here began"
             remedy = journal.remedy(f"Remove {journal.path.parent}, and split again.")
             raise WeightError(problem, file=name, remedy=remedy)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from llm_sepweight._catalog import Entry, inside, read_limited
 from llm_sepweight._errors import WeightError
+from llm_sepweight._states import sample, state
 from llm_sepweight._store import WeightStore
 from llm_sepweight._writing import remove
 
@@ -70,21 +71,24 @@ class StoreSource:
         self.store._reader.copy(part, name, self.parts[part][name], start, out)
 
     def fingerprint(self) -> dict[str, Any] | None:
-        return self._states()
+        headers: dict[str, int] = {}  # bytes before the first tensor
+        for entries in self.parts.values():
+            for extent in (extent for entry in entries.values() for extent in entry.extents):
+                name = Path(extent.file).name
+                headers[name] = min(headers.get(name, extent.offset), extent.offset)
+        return {
+            name: {"state": found, "sample": sample(self.store.path / name, headers.get(name, 0))}
+            for name, found in self._states().items()
+        }
 
-    def _states(self) -> dict[str, Any]:
-        """Size and time of change of each file that is there."""
-        found = {}
-        for file in map(Path, self.store._reader.files):
-            if file.exists():
-                status = file.stat()
-                found[file.name] = [status.st_size, status.st_mtime_ns]
-        return found
+    def _states(self) -> dict[str, list[int]]:
+        """That of each file that is there."""
+        return {file.name: state(file) for file in map(Path, self.store._reader.files) if file.exists()}
 
     def check_unchanged(self) -> None:
         now = self._states()
-        for name, state in self._found.items():
-            if now.get(name) != state:
+        for name, found in self._found.items():
+            if now.get(name) != found:
                 remedy = "Nothing of it was used; split again from a source that stays as it is."
                 raise WeightError("the source was changed meanwhile", file=self.store.path / name, remedy=remedy)
 
