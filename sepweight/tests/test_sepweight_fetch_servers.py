@@ -330,11 +330,32 @@ def test_an_index_cannot_lead_out_of_the_model(checkpoint, serve, layout, tmp_pa
 def test_a_redirect_is_followed_and_what_was_meant_for_one_server_not_told_to_another(split, serve, tmp_path):
     server, other = serve(split), serve(split)
     server.trick = lambda request: request.answer(307, Location=f"{other.url}/{request.name}") is None
-    fetch(f"{server.url}?download=1", "0:1", tmp_path / "node", headers={"Authorization": "Bearer secret"})
+    secrets = {
+        "Authorization": "Bearer secret",
+        "X-Api-Key": "secret",
+        "cookie": "session=secret",
+        "Accept-Encoding": "br",
+    }
+    fetch(f"{server.url}?download=1", "0:1", tmp_path / "node", headers=secrets)
     assert (tmp_path / "node/mid.00000.safetensors").read_bytes() == (split / "mid.00000.safetensors").read_bytes()
-    assert all(request.headers["Authorization"] == "Bearer secret" for request in server.requests)
+    for name in ("Authorization", "X-Api-Key", "Cookie"):
+        assert all("secret" in request.headers[name] for request in server.requests)
     assert all(request.path.endswith("?download=1") for request in server.requests)
-    assert not any("Authorization" in request.headers for request in other.requests)
+    assert other.requests
+    assert not any("secret" in str(request.headers) for request in other.requests)
+    assert all(request.headers["Accept-Encoding"] == "identity" for request in server.requests + other.requests)
+
+
+def test_a_redirect_within_a_server_keeps_what_was_meant_for_it(split, serve, tmp_path):
+    server = serve(split)
+
+    def trick(request) -> bool:
+        moved = f"{server.url}/moved/{request.name}"
+        return "/moved/" not in request.path and request.answer(307, Location=moved) is None
+
+    server.trick = trick
+    fetch(server.url, "0:1", tmp_path / "node", headers={"X-Api-Key": "secret"})
+    assert {request.headers["X-Api-Key"] for request in server.requests} == {"secret"}
 
 
 def test_a_redirect_from_https_to_http_is_refused(monkeypatch, tmp_path):

@@ -17,6 +17,8 @@ from llm_sepweight._remote import START, PassingError, Remote, RemoteFile, shown
 SLOWEST = 1024  # bytes a second; what brings less for as long as the timeout is taken for dead
 PASSING = (408, 429, 500, 502, 503, 504)  # what a server says that may be better soon
 REDIRECTS = 5
+PLAIN = {"Accept-Encoding": "identity"}
+OURS = {"accept-encoding", "range", "if-range"}  # headers that nobody else sets
 
 
 class HttpRemote(Remote):
@@ -25,16 +27,25 @@ class HttpRemote(Remote):
     def __init__(self, url: str, headers: Mapping[str, str], *, timeout: float, retries: int, connections: int) -> None:
         super().__init__(shown(url), timeout=timeout, retries=retries)
         self._url = urlsplit(url)
+        self._given = {name.lower() for name in headers} - {*OURS, "host"}  # of which each origin has its own
         try:
             self._client = httpx2.Client(
-                headers={"Accept-Encoding": "identity", **headers},
+                headers={**{name: headers[name] for name in headers if name.lower() not in OURS}, **PLAIN},
                 timeout=timeout,
                 limits=httpx2.Limits(max_connections=connections),
                 follow_redirects=True,
                 max_redirects=REDIRECTS,
+                event_hooks={"request": [self._keep_to_ourselves]},
             )
+            self._origin = _origin(httpx2.URL(url))
         except ValueError as error:
             raise WeightError(f"the headers cannot be sent: {error}", file=self.name) from None
+
+    def _keep_to_ourselves(self, request: httpx2.Request) -> None:
+        """Drop from a request to wherever the server redirects what the caller meant for the server."""
+        if _origin(request.url) != self._origin:
+            for name in self._given & {name.lower() for name in request.headers}:
+                del request.headers[name]
 
     def names(self) -> Sequence[str] | None:
         return None
@@ -191,6 +202,10 @@ class HubRemote(HttpRemote):
         if status in (401, 403):
             return "Ask for access on the model's page, and set HF_TOKEN."
         return super()._remedy(status)
+
+
+def _origin(url: httpx2.URL) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port or {"http": 80, "https": 443}.get(url.scheme)
 
 
 def _version(response: httpx2.Response) -> str | None:
