@@ -277,7 +277,7 @@ def test_what_makes_no_whole_checkpoint_is_not_exported(directory, checkpoint, l
     llm_sepweight.split(checkpoint, tmp_path / "some", layout=layout, spec="b 0:1 2:3 e")
     with pytest.raises(WeightError, match="mid.00001 is missing"):
         export(tmp_path / "some", tmp_path / "back")
-    with pytest.raises(WeightError, match="there are weights here already"):
+    with pytest.raises(WeightError, match="there are other weights here already"):
         export(directory, checkpoint)
     layers = dict(CONFIG, num_hidden_layers=4)
     dump({"a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "few", config=layers,

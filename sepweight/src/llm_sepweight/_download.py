@@ -94,6 +94,11 @@ def forget(directory: Path) -> None:
     remove(directory / RECORD)
 
 
+def files_begun(directory: Path) -> set[str]:
+    """The files that an unfinished fetch to this directory has begun."""
+    return _Record(directory / RECORD).names
+
+
 class _Record:
     """A line for each window that was written: of which file, how far it has come, the checksum of that much.
 
@@ -112,6 +117,10 @@ class _Record:
                 self._lines[fields["name"], fields["of"]] = fields["nbytes"], fields["checksum"]
             except (ValueError, KeyError, RecursionError):
                 continue  # cut short as its writer was killed
+
+    @property
+    def names(self) -> set[str]:
+        return {name for name, _ in self._lines}
 
     def start(self, each: Download) -> _Start:
         """How far a file has come, as its bytes prove."""

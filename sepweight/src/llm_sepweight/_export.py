@@ -9,15 +9,18 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from llm_sepweight._catalog import TensorInfo
-from llm_sepweight._checkpoint import Layout, holds_weights
+from llm_sepweight._catalog import TensorInfo, plain_file_name, read_json
+from llm_sepweight._checkpoint import Layout
 from llm_sepweight._copying import Piece, Progress, literal, write_files
 from llm_sepweight._errors import WeightError
+from llm_sepweight._foreign import check_no_weights, check_same
 from llm_sepweight._header import make_header
 from llm_sepweight._source import Source, StoreSource
 from llm_sepweight._store import WeightStore, open
-from llm_sepweight._writing import check_room, locked, write_bytes
+from llm_sepweight._writing import check_room, locked, remove, write_bytes
 
+RECORD = ".sepweight.export"  # the files that one at work writes
+INDEX = "model.safetensors.index.json"
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # what families call it in config.json
 
 
@@ -41,8 +44,8 @@ def export(
     Tensors get the names back that they had in the checkpoint; tied ones are written once, as they were.
     source: also a checkpoint, with its layout. max_shard_nbytes: of tensors in a file; a larger tensor is alone in one.
     progress: called with (bytes done, bytes in all).
-    Raises WeightError where parts are missing, the names are not known, or the destination holds weights or cannot be
-    written. Interrupted, it begins anew; the index, or the only file, comes last.
+    Raises WeightError where parts are missing, the names are not known, or the destination holds weights, or other small
+    files of the same names, or cannot be written. Interrupted, it begins anew; the index, or the only file, comes last.
     """
     directory = Path(destination)
     with nullcontext(source) if isinstance(source, WeightStore) else open(source, layout) as store:
@@ -50,11 +53,19 @@ def export(
         tensors = StoreSource(store)
         shards = list(_sharded(_by_key(tensors), max_shard_nbytes))
         with locked(directory):
-            if holds_weights(directory):
-                raise WeightError(
-                    "there are weights here already", file=directory, remedy="Choose another destination."
-                )
+            _clear(directory)
+            check_no_weights(directory)
+            check_same(directory, tensors.companions())
             _write(shards, tensors, directory, progress)
+            remove(directory / RECORD)
+
+
+def _clear(directory: Path) -> None:
+    """Remove what an export that was interrupted has written."""
+    if (directory / RECORD).exists():
+        for name in read_json(directory / RECORD)["files"]:
+            remove(directory / plain_file_name(name, file=directory / RECORD))
+        remove(directory / RECORD)
 
 
 def _check_whole(store: WeightStore) -> None:
@@ -111,11 +122,14 @@ def _write(shards: list[list[_Tensor]], source: StoreSource, directory: Path, pr
         if progress is not None:
             progress(done, total)
 
-    for name, data in source.companions().items():
-        write_bytes(directory / name, data)
     count = len(shards)
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     names = names if count > 1 else ["model.safetensors"]
+    companions = source.companions()
+    new = [name for name in (*companions, *names, INDEX) if not (directory / name).exists()]
+    write_bytes(directory / RECORD, json.dumps({"files": new}).encode())
+    for name, data in companions.items():
+        write_bytes(directory / name, data)
     contents = (
         [literal(make_header({tensor.key: tensor.info for tensor in shard})), *(tensor.piece for tensor in shard)]
         for shard in shards
@@ -127,4 +141,4 @@ def _write(shards: list[list[_Tensor]], source: StoreSource, directory: Path, pr
     if count > 1:
         weight_map = {tensor.key: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_bytes(directory / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
+        write_bytes(directory / INDEX, json.dumps(index, indent=2).encode())

@@ -14,8 +14,9 @@ from llm_sepweight._catalog import DAMAGED, Entry, Extent, in_order, parse_json
 from llm_sepweight._checkpoint import Layout, arrange, chosen_extents, keys_by_file
 from llm_sepweight._checksum import checksum
 from llm_sepweight._copying import Piece, literal
-from llm_sepweight._download import Download, download, forget
+from llm_sepweight._download import Download, download, files_begun, forget
 from llm_sepweight._errors import WeightError
+from llm_sepweight._foreign import check_no_weights, check_same
 from llm_sepweight._header import header_length, parse_header
 from llm_sepweight._journal import read_journal
 from llm_sepweight._manifest import (
@@ -28,7 +29,7 @@ from llm_sepweight._manifest import (
     read_manifest,
     stored_in,
 )
-from llm_sepweight._parts import tool
+from llm_sepweight._parts import is_sound, tool
 from llm_sepweight._plan import PlannedPart, plan
 from llm_sepweight._remote import START, Remote, RemoteFile, open_remote
 from llm_sepweight._source import COMPANIONS
@@ -73,9 +74,10 @@ def fetch(
     progress: called with (bytes done, bytes in all).
 
     Run again after it was stopped at any moment, it goes on from there; for more parts of the same model, it adds them.
+    Files that are there already are read, at the speed of the disk, and fetched again if their checksums are wrong.
     A part with tensors that another one stores brings that one along.
-    Raises WeightError where the source lacks something, changes meanwhile, or sends anything but the bytes asked for, and
-    ValueError for a bad spec.
+    Raises WeightError where the source lacks something, changes meanwhile, or sends anything but the bytes asked for, or
+    the destination holds other weights, and ValueError for a bad spec.
     """
     if connections < 1 or retries < 0 or timeout <= 0:
         problem = f"not possible: connections={connections}, retries={retries}, timeout={timeout}"
@@ -90,7 +92,10 @@ def fetch(
             found = _find(remote, spec, layout, pool)
         with locked(directory):
             here = _here(directory, found, remote)
-            missing = {part: each for part, each in found.downloads.items() if not _is_here(directory, here, part)}
+            _check_free(directory, here, found, remote)
+            missing = {
+                part: each for part, each in found.downloads.items() if not _is_here(directory, here.parts.get(part))
+            }
             checksums = download(
                 list(missing.values()),
                 directory,
@@ -258,16 +263,26 @@ def _here(directory: Path, found: Found, remote: Remote) -> Manifest:
     return here
 
 
-def _is_here(directory: Path, here: Manifest, part: str) -> bool:
-    info = here.parts.get(part)
-    return info is not None and (path := directory / info.file).is_file() and path.stat().st_size == info.nbytes
+def _check_free(directory: Path, here: Manifest, found: Found, remote: Remote) -> None:
+    """Raises WeightError where the destination holds weights, or small files, that no fetch to it wrote."""
+    written = files_begun(directory)
+    check_no_weights(directory, {MANIFEST, *(info.file for info in here.parts.values()), *here.files, *written})
+    if not written:
+        others = [name for name in found.companions if name not in here.files and (directory / name).exists()]
+        data = {name: remote.small(name) for name in others}
+        check_same(directory, {name: data for name, data in data.items() if data is not None})
+
+
+def _is_here(directory: Path, info: PartInfo | None) -> bool:
+    """Whether a part's file, which the destination's manifest names, is there, byte for byte."""
+    return info is not None and is_sound(directory / info.file, info)
 
 
 def _get_companions(remote: Remote, directory: Path, found: Found, here: Manifest) -> dict[str, FileInfo]:
     """The small files, those that are new written."""
     infos: dict[str, FileInfo] = {}
     for name, info in found.companions.items():
-        if info is not None and here.files.get(name) == info and (directory / name).is_file():
+        if info is not None and here.files.get(name) == info and is_sound(directory / name, info):
             continue
         data = remote.small(name)
         if data is None:

@@ -20,6 +20,7 @@ class Freeing:
 
     def __init__(self, source: StoreSource) -> None:
         self._source = source
+        self.directory = source.store.path
         self._files = list(source.store._reader.files)
         self._takers: dict[str, set[str]] = {}
         if source.store.manifest is not None:

@@ -16,6 +16,7 @@ from llm_sepweight._checksum import checksum
 from llm_sepweight._copying import Contents, Piece, Progress, checksums, converted, literal, nbytes_of, write_files
 from llm_sepweight._damage import damages, file_checksum
 from llm_sepweight._errors import WeightError
+from llm_sepweight._foreign import check_no_weights, check_same
 from llm_sepweight._freeing import Freeing
 from llm_sepweight._journal import Journal, begin_journal, read_journal, remove_journal
 from llm_sepweight._manifest import MANIFEST, FileInfo, Manifest, PartInfo, needed, read_manifest
@@ -43,6 +44,7 @@ def write_parts(
     fingerprint = source.fingerprint()
     complete = (directory / MANIFEST).exists()
     journal = read_journal(directory)
+    begun = journal is not None
     if fingerprint is None:
         check_not_needed(journal)
         journal = None
@@ -52,6 +54,8 @@ def write_parts(
         _check_same(source, parts, directory, progress)
         return remove_journal(directory)
     else:
+        if not begun:
+            _check_free(source, parts, directory, freeing)
         catalog = {} if freeing is None else {"catalog": freeing.catalog()}
         journal = begin_journal(directory, {**order, "fingerprint": fingerprint, **catalog})
     with closing(journal):
@@ -66,6 +70,15 @@ def write_parts(
     if freeing is not None:
         freeing.finish(parts)
     remove_journal(directory)
+
+
+def _check_free(source: Source, parts: Mapping[str, PlannedPart], directory: Path, freeing: Freeing | None) -> None:
+    """Raises WeightError where something would be written over, or beside other weights than the source's own."""
+    own: set[str] = set()
+    if freeing is not None and directory.samefile(freeing.directory):
+        own = {path.name for path in directory.iterdir()} - {planned.file for planned in parts.values()}
+    check_no_weights(directory, own)
+    check_same(directory, source.companions())
 
 
 def contents_of(source: Source, part: str, planned: PlannedPart) -> Contents:
@@ -87,7 +100,7 @@ def _write_missing(
 ) -> None:
     """Write the parts that the journal does not have, and enter them."""
     directory = journal.path.parent
-    kept = {part: info for part, info in journal.done.items() if _is_sound(directory / parts[part].file, info)}
+    kept = {part: info for part, info in journal.done.items() if is_sound(directory / parts[part].file, info)}
     for part in journal.done.keys() - kept.keys():
         _check_there(source, part, parts[part], directory)
     journal.done = dict(kept)  # nothing is freed for the others
@@ -117,8 +130,8 @@ def _write_missing(
                 freeing.free(journal.done)
 
 
-def _is_sound(path: Path, info: FileInfo) -> bool:
-    return path.exists() and path.stat().st_size == info.nbytes and file_checksum(path) == info.checksum
+def is_sound(path: Path, info: FileInfo | PartInfo) -> bool:
+    return path.is_file() and path.stat().st_size == info.nbytes and file_checksum(path) == info.checksum
 
 
 def _check_there(source: Source, part: str, planned: PlannedPart, directory: Path) -> None:

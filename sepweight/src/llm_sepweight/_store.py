@@ -49,7 +49,7 @@ def open(path: str | Path, layout: Layout | None = None, *, verify: str | None =
         manifest, catalog = read_directory(directory)
         return WeightStore(directory, catalog, manifest, checked=verify == "lazy")
     if unfinished(directory):
-        problem = "a split or fetch to this directory is not finished"
+        problem = "a split, fetch or export to this directory is not finished"
         raise WeightError(problem, file=directory, remedy="Run it again, as it was.")
     if verify is not None:
         raise WeightError("a checkpoint has no checksums to verify", file=directory, remedy="Split it first.")

@@ -81,7 +81,7 @@ def _check_finished(directory: Path) -> None:
         problem = f"the split of {journal.plan.get('source')!r} to this directory is not finished"
         raise WeightError(problem, file=directory, remedy=journal.remedy("Run it again, as it was."))
     if unfinished(directory) and not (directory / MANIFEST).exists():
-        problem = "a fetch or dump to this directory is not finished"
+        problem = "a fetch or export to this directory is not finished"
         raise WeightError(problem, file=directory, remedy="Run it again, as it was.")
 
 

@@ -86,7 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("path", metavar="DIR", type=Path)
     added.add_argument("--source", metavar="DIR", type=Path, help="repair from this checkpoint or other copy")
 
-    added = command("fetch", _fetch, "get the files that a spec needs, from a URL or a directory")
+    added = command(
+        "fetch",
+        _fetch,
+        "get the files that a spec needs, from a URL or a directory; "
+        "those that are there already are read, at the speed of the disk, and fetched again if their checksums are wrong",
+    )
     added.add_argument("source", metavar="SOURCE", help="http(s)://..., hf://owner/name, s3://..., or a directory")
     added.add_argument("spec", metavar="SPEC")
     added.add_argument("destination", metavar="DESTINATION", type=Path)
