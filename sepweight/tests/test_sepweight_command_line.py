@@ -143,10 +143,22 @@ def test_what_is_wrong_is_said_in_one_line_with_status_2(run, directory, line, m
     assert re.search(message, err)
 
 
+def test_an_error_of_the_program_is_told_apart_from_damage_that_was_found(run, directory, monkeypatch):
+    def broken(*args: Any, **more: Any) -> None:
+        raise KeyError("nobody expected this")
+
+    monkeypatch.setattr(cli, "verify", broken)
+    status, out, err = run("verify", directory)
+    assert (status, out) == (70, "")
+    assert "KeyError: 'nobody expected this'" in err
+    assert "an error of the program itself" in err
+
+
 def test_help_teaches_and_an_unknown_command_is_refused(run):
     status, out, _ = run("--help")
     assert status == 0
     assert "exit status: 0 done; 1 damage" in out
+    assert "70 an error of the program itself" in out
     for name in ("split", "verify", "fetch", "info", "filenames", "diff", "export"):
         assert f"\n    {name}" in out
         assert run(name, "--help")[0] == 0

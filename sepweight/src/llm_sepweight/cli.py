@@ -8,6 +8,7 @@ import json
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ from llm_sepweight._families import find_layout
 from llm_sepweight._header import DTYPE_NAMES
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-DIFFERENT, WRONG, INTERRUPTED = 1, 2, 130  # exit statuses
+DIFFERENT, WRONG, FAULT, INTERRUPTED = 1, 2, 70, 130  # exit statuses
 DESCRIPTION = """\
 The weights of a language model as one file per part: begin, each layer, end.
 
@@ -36,7 +37,7 @@ examples:
   llm-sepweight info llama-70b --json | jq .nbytes
 
 exit status: 0 done; 1 damage or differences were found; 2 it cannot be done, and one line on stderr says why;
-130 interrupted. Progress is shown on a terminal only, on stderr."""
+70 an error of the program itself, with its traceback; 130 interrupted. Progress is shown on a terminal only, on stderr."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"llm-sepweight: {error}", file=sys.stderr)
         return WRONG
+    except Exception:
+        traceback.print_exc()
+        print("llm-sepweight: this is an error of the program itself; please report it", file=sys.stderr)
+        return FAULT
 
 
 def _parser() -> argparse.ArgumentParser:
