@@ -202,6 +202,26 @@ def test_an_old_directory_is_split_in_place(old, expected):
     assert_holds(old, expected)
 
 
+@pytest.mark.parametrize(
+    ("gone", "layers", "missing"),
+    [(["mid.00001"], None, "mid.00001"), (["mid.00000"], None, "mid.00000"), (["mid.00002"], 3, "mid.00002")],
+)
+def test_an_old_directory_without_one_of_its_layers_is_refused(old, gone, layers, missing):
+    for part in gone:
+        (old / f"{part}.pth").unlink()
+    if layers:
+        (old / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
+    with pytest.raises(WeightError, match=f"the file is missing.*{missing}.pth, part {missing}.*Put it back"):
+        llm_sepweight.open(old)
+
+
+def test_an_old_directory_may_hold_what_one_machine_runs(old):
+    for part in ("begin", "mid.00000", "end"):
+        (old / f"{part}.pth").unlink()
+    with llm_sepweight.open(old) as weights:
+        assert weights.parts == ("mid.00001", "mid.00002")
+
+
 def test_a_pickle_with_code_in_an_old_directory_is_refused_and_not_run(old, tmp_path):
     class Attack:
         def __reduce__(self):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -159,6 +160,41 @@ def test_a_disk_that_is_full_is_said_with_the_file(checkpoint, layout, tmp_path,
     with pytest.raises(WeightError, match=r"No space left on device \(file .*begin.safetensors\)\. Make room"):
         llm_sepweight.split(checkpoint, tmp_path / "new", layout=layout)
     assert [path.name for path in (tmp_path / "new").iterdir() if "safetensors" in path.name] == []
+
+
+@pytest.mark.parametrize("spelled", ["Infinity", '{"__float__": "Infinity"}', "1e999"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_infinity_and_nan_in_a_config_go_round_and_the_manifest_is_json(tmp_path, spelled, in_place):
+    source, config = tmp_path / "source", f'{{"limits": [0.0, {spelled}, -Infinity], "unknown": NaN}}'
+    source.mkdir()
+    save_file({"a": torch.ones(2), "b": torch.ones(3)}, source / "model.safetensors")
+    (source / "config.json").write_text(config)
+
+    def layout(key, config):
+        assert config["limits"] == [0, math.inf, -math.inf]
+        assert math.isnan(config["unknown"])
+        return [("begin" if key == "a" else "end", key)]
+
+    for _ in range(2):
+        llm_sepweight.split(source, tmp_path / "split", layout=layout, in_place=in_place)
+    refuse = {"parse_constant": lambda name: pytest.fail(f"{name} is not JSON")}
+    manifest = json.loads((tmp_path / "split" / "sepweight.json").read_text(), **refuse)
+    assert manifest["config"]["limits"] == [0, {"__float__": "Infinity"}, {"__float__": "-Infinity"}]
+    with llm_sepweight.open(tmp_path / "split") as weights:
+        layout("a", weights.config)
+    llm_sepweight.export(tmp_path / "split", tmp_path / "back")
+    assert (tmp_path / "back" / "config.json").read_text() == config
+    llm_sepweight.dump({"a": torch.ones(2)}, tmp_path / "dumped", config=weights.config, layout=layout)
+    with llm_sepweight.open(tmp_path / "dumped") as weights:
+        layout("a", weights.config)
+
+
+def test_a_manifest_with_numbers_that_are_not_json_is_refused(directory):
+    manifest = json.loads((directory / "sepweight.json").read_text())
+    manifest["config"]["limit"] = math.inf
+    seal(directory / "sepweight.json", manifest)
+    with pytest.raises(WeightError, match="no valid JSON: Infinity is not JSON"):
+        llm_sepweight.open(directory)
 
 
 def change(directory: Path, path: str, value: object) -> None:

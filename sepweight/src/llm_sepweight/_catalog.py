@@ -6,7 +6,7 @@ import json
 import math
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -129,19 +129,53 @@ def read_limited(path: Path) -> bytes:
         raise WeightError(f"the file cannot be read: {error.strerror}", file=path) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, parse: Callable[[bytes], dict[str, Any]] | None = None) -> dict[str, Any]:
     """The object in a JSON file."""
     try:
-        return parse_json(read_limited(path))
+        return (parse or parse_json)(read_limited(path))
     except (ValueError, RecursionError) as error:
         if isinstance(error, WeightError):
             raise
         raise WeightError(f"no valid JSON: {error}", file=path, remedy=DAMAGED) from error
 
 
-def parse_json(data: bytes) -> dict[str, Any]:
-    """A JSON object in which no name comes twice. Raises ValueError or RecursionError."""
-    value = json.loads(data.decode(), object_pairs_hook=_without_duplicates)
+def parse_config(data: bytes) -> dict[str, Any]:
+    """A model's config.json, in which Infinity and NaN may stand as Python or as transformers writes them."""
+    return decoded(parse_json(data, constant=float))
+
+
+def encoded(value: Any) -> Any:
+    """A config without the numbers that JSON lacks: as transformers does, {"__float__": "Infinity"} stands for one.
+
+    >>> encoded({"limits": [0.0, float("inf")]})
+    {'limits': [0.0, {'__float__': 'Infinity'}]}
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"__float__": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    if isinstance(value, Mapping):
+        return {name: encoded(field) for name, field in value.items()}
+    return [encoded(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def decoded(value: Any) -> Any:
+    """The config again, from what `encoded` made of it."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and value["__float__"] in ("NaN", "Infinity", "-Infinity"):
+            return float(value["__float__"])
+        return {name: decoded(field) for name, field in value.items()}
+    return [decoded(item) for item in value] if isinstance(value, list) else value
+
+
+def _not_json(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def parse_json(data: bytes, constant: Callable[[str], Any] = _not_json) -> dict[str, Any]:
+    """A JSON object in which no name comes twice. Raises ValueError or RecursionError.
+
+    constant: what makes a value of NaN, Infinity and -Infinity, which are not JSON.
+    """
+    value = json.loads(data.decode(), object_pairs_hook=_without_duplicates, parse_constant=constant)
     if not isinstance(value, dict):
         raise ValueError("an object is expected")
     return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from llm_sepweight._catalog import (
     Extent,
     in_order,
     inside,
+    parse_config,
     plain_file_name,
     read_json,
     size_of,
@@ -30,6 +31,7 @@ from llm_sepweight._pickled import read_contents
 Layout = Callable[[str, Mapping[str, Any]], Sequence[Any]]
 """layout(key, config) -> (part, name) or (part, name, index) for each place where the tensor belongs; none drops it."""
 
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # what families call it in config.json
 FORMS = (  # in the order in which they are looked for
     ("model.safetensors.index.json", read_header),
     ("model.safetensors", read_header),
@@ -41,7 +43,7 @@ FORMS = (  # in the order in which they are looked for
 def read_checkpoint(directory: Path, layout: Layout | None) -> Catalog:
     """The catalog of a checkpoint, from its index, its files' headers and sizes and its layout. No weights are read."""
     config_file = directory / "config.json"
-    config = read_json(config_file) if config_file.exists() else {}
+    config = read_json(config_file, parse_config) if config_file.exists() else {}
     parted = sorted(path.name for path in directory.glob("*.pth") if PART_NAME.fullmatch(path.stem))
     if parted:
         return _read_parts(directory, parted, layout or as_named, config)
@@ -75,6 +77,11 @@ def _files(directory: Path) -> tuple[Callable[[Path], list[Extent]], dict[str, l
 
 def _read_parts(directory: Path, files: list[str], layout: Layout, config: dict[str, Any]) -> Catalog:
     """A directory of begin.pth, mid.00000.pth, ..., end.pth: the key of a tensor is the part's name, a dot and its own."""
+    here = {file.removesuffix(".pth") for file in files}
+    if missing := missing_layers(here, config):
+        problem = f"the file is missing, and {', '.join(sorted(here))} are here"
+        remedy = "Put it back: without it the model would be another."
+        raise WeightError(problem, file=directory / f"{missing[0]}.pth", part=missing[0], remedy=remedy)
     extents = []
     for file in files:
         part = file.removesuffix(".pth")
@@ -87,6 +94,17 @@ def _read_parts(directory: Path, files: list[str], layout: Layout, config: dict[
             raise
     parts = arrange(extents, layout, config)
     return Catalog(config, parts, {str(directory / file): size_of(directory / file) for file in files})
+
+
+def missing_layers(parts: Collection[str], config: Mapping[str, Any]) -> list[str]:
+    """The layers that lie between parts that are here, and are not here."""
+    layers = {int(part[4:]) for part in parts if part.startswith("mid.") and "/" not in part}
+    said = next((config[name] for name in LAYER_COUNTS if isinstance(config.get(name), int)), 0)
+    first = 0 if "begin" in parts else min(layers, default=0)
+    stop = max(layers, default=-1) + 1
+    if "end" in parts and (layers or "begin" in parts):
+        stop = max(stop, said)
+    return [f"mid.{layer:05d}" for layer in range(first, stop) if layer not in layers]
 
 
 def as_named(key: str, config: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 
-from llm_sepweight._catalog import Catalog, Entry, Extent, TensorInfo
+from llm_sepweight._catalog import Catalog, Entry, Extent, TensorInfo, encoded
 from llm_sepweight._checkpoint import Layout, arrange
 from llm_sepweight._copying import Piece, Progress, fill, literal, write_files
 from llm_sepweight._errors import WeightError
@@ -171,7 +171,7 @@ class _Stage(StoreSource):
 
 
 def _config_file(config: Mapping[str, Any]) -> dict[str, bytes]:
-    return {"config.json": json.dumps(config, indent=2).encode()} if config else {}
+    return {"config.json": json.dumps(encoded(config), indent=2).encode()} if config else {}
 
 
 def piece_of(flat: torch.Tensor) -> Piece:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from llm_sepweight._catalog import TensorInfo, plain_file_name, read_json
-from llm_sepweight._checkpoint import Layout
+from llm_sepweight._checkpoint import Layout, missing_layers
 from llm_sepweight._copying import Piece, Progress, literal, write_files
 from llm_sepweight._errors import WeightError
 from llm_sepweight._foreign import check_no_weights, check_same
@@ -21,7 +21,6 @@ from llm_sepweight._writing import check_room, locked, remove, write_bytes
 
 RECORD = ".sepweight.export"  # the files that one at work writes
 INDEX = "model.safetensors.index.json"
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # what families call it in config.json
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,8 @@ def _clear(directory: Path) -> None:
 
 def _check_whole(store: WeightStore) -> None:
     """All parts of a model are here, as far as can be told."""
-    layers = [int(part[4:]) for part in store.parts if part.startswith("mid.") and "/" not in part]
-    said = next((store.config[name] for name in LAYER_COUNTS if isinstance(store.config.get(name), int)), None)
-    wanted = {"begin", "end", *(f"mid.{layer:05d}" for layer in range(said or max(layers, default=-1) + 1))}
-    if missing := sorted(wanted - set(store.parts)):
+    missing = [part for part in ("begin", "end") if part not in store.parts]
+    if missing := [*missing, *missing_layers(store.parts, store.config)]:
         remedy = "Fetch or split all parts first."
         raise WeightError(f"a checkpoint needs all parts, and {missing[0]} is missing", file=store.path, remedy=remedy)
 

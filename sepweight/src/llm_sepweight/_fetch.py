@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from llm_sepweight._catalog import DAMAGED, Entry, Extent, in_order, parse_json
+from llm_sepweight._catalog import DAMAGED, Entry, Extent, in_order, parse_config, parse_json
 from llm_sepweight._checkpoint import Layout, arrange, chosen_extents, keys_by_file
 from llm_sepweight._checksum import checksum
 from llm_sepweight._copying import Piece, literal
@@ -157,7 +157,7 @@ def _in_checkpoint(remote: Remote, spec: str, layout: Layout, pool: ThreadPoolEx
             )
             raise WeightError(problem, file=remote.where(file.name), remedy="Split the model, and fetch from that.")
     config_data = remote.small("config.json")
-    config = {} if config_data is None else _json(config_data, remote.where("config.json"))
+    config = {} if config_data is None else _json(config_data, remote.where("config.json"), parse_config)
     extents: list[Extent] = []
     for name, read in zip(files, pool.map(lambda file: _header(remote, file), files.values()), strict=True):
         extents += chosen_extents(read, keys_of[name], remote.where(name))
@@ -298,8 +298,8 @@ def _get_companions(remote: Remote, directory: Path, found: Found, here: Manifes
     return infos
 
 
-def _json(data: bytes, where: str) -> dict[str, Any]:
+def _json(data: bytes, where: str, parse: Callable[[bytes], dict[str, Any]] = parse_json) -> dict[str, Any]:
     try:
-        return parse_json(data)
+        return parse(data)
     except (ValueError, RecursionError) as error:
         raise WeightError(f"no valid JSON: {error}", file=where, remedy=DAMAGED) from error

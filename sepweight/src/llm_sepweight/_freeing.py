@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llm_sepweight._catalog import Catalog, Entry, Extent, TensorInfo
+from llm_sepweight._catalog import Catalog, Entry, Extent, TensorInfo, decoded, encoded
 from llm_sepweight._checkpoint import FORMS
 from llm_sepweight._errors import WeightError
 from llm_sepweight._header import DTYPE_NAMES, DTYPES
@@ -81,7 +81,7 @@ def catalog_as_json(catalog: Catalog) -> dict[str, Any]:
         for part, entries in catalog.parts.items()
     }
     sizes = {Path(file).name: size for file, size in catalog.file_sizes.items()}
-    return {"config": catalog.config, "parts": parts, "file_sizes": sizes}
+    return {"config": encoded(catalog.config), "parts": parts, "file_sizes": sizes}
 
 
 def catalog_from_json(fields: dict[str, Any], directory: Path) -> Catalog:
@@ -97,4 +97,6 @@ def catalog_from_json(fields: dict[str, Any], directory: Path) -> Catalog:
         return Entry(info, extents, tuple(field["keys"]))
 
     parts = {part: {name: entry(field) for name, field in names.items()} for part, names in fields["parts"].items()}
-    return Catalog(fields["config"], parts, {str(directory / f): size for f, size in fields["file_sizes"].items()})
+    return Catalog(
+        decoded(fields["config"]), parts, {str(directory / f): size for f, size in fields["file_sizes"].items()}
+    )

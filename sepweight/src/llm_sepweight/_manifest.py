@@ -14,6 +14,8 @@ from llm_sepweight._catalog import (
     Catalog,
     Entry,
     TensorInfo,
+    decoded,
+    encoded,
     in_order,
     inside,
     parse_json,
@@ -74,11 +76,11 @@ class Manifest:
         fields = {"format": FORMAT, "version": VERSION, "checksum": UNSEALED, "tool": self.tool, "source": self.source}
         fields |= {
             "model": self.model,
-            "config": self.config,
+            "config": encoded(self.config),
             "parts": {part: vars(info) for part, info in self.parts.items()},
         }
         fields["files"] = {name: vars(info) for name, info in self.files.items()}
-        data = json.dumps(fields, indent=1).encode()
+        data = json.dumps(fields, indent=1, allow_nan=False).encode()
         return data.replace(UNSEALED.encode(), checksum(data).encode(), 1)
 
     def select(self, spec: str) -> Manifest:
@@ -139,7 +141,7 @@ def parse_manifest(data: bytes, file: object) -> Manifest:
     manifest = Manifest(
         tool,
         source,
-        config,
+        decoded(config),
         in_order({part: _part_info(part, entry, file) for part, entry in parts.items()}),
         {plain_file_name(name, file=file): _file_info(name, entry, file) for name, entry in files.items()},
         model,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llm_sepweight._catalog import in_order
+from llm_sepweight._catalog import encoded, in_order
 from llm_sepweight._checksum import checksum
 from llm_sepweight._copying import Contents, Piece, Progress, checksums, converted, literal, nbytes_of, write_files
 from llm_sepweight._damage import damages, file_checksum
@@ -154,7 +154,7 @@ def _read_back(path: Path, text: str) -> None:
 def _identity(source: Source, parts: Mapping[str, PlannedPart]) -> dict[str, Any]:
     """What is being written: a split goes on only where it is the same."""
     files = {part: [planned.file, planned.nbytes, planned.tensors] for part, planned in parts.items()}
-    text = json.dumps([tool(), source.name, source.config, files])
+    text = json.dumps([tool(), source.name, encoded(source.config), files])
     return {"source": source.name, "identity": checksum(text.encode())}
 
 
@@ -190,7 +190,7 @@ def _check_same(source: Source, parts: Mapping[str, PlannedPart], directory: Pat
     """Raises WeightError unless the complete model in `directory` is what this split would write."""
     manifest = read_manifest(directory)
     same = {part: info.tensors for part, info in manifest.parts.items()} == {p: parts[p].tensors for p in parts}
-    if same and manifest.config == source.config:
+    if same and encoded(manifest.config) == encoded(source.config):
         contents = [contents_of(source, part, planned) for part, planned in parts.items()]
         total, done = sum(map(nbytes_of, contents)), 0
 
