@@ -338,6 +338,24 @@ def test_filenames_are_what_must_be_there_to_open_and_read_a_spec(directory, lay
     assert "mid.00001.safetensors" not in filenames(directory, "b 0:1 e")
 
 
+def test_the_small_files_of_any_tokenizer_travel_along_and_nothing_else_does(checkpoint, layout, serve, tmp_path):
+    small = {
+        "qwen.tiktoken", "tekken.json", "sentencepiece.bpe.model", "spiece.model", "chat_template.jinja", "bpe.codes",
+        "preprocessor_config.json", "source.spm", "merges.txt", "modeling_tiny.py", "LICENSE",
+    }  # fmt: skip
+    others = {"README.md", ".gitattributes", "training_args.bin", "pytorch_model.bin.index.json", "picture.png"}
+    for name in small | others:
+        (checkpoint / name).write_text(name)
+    small |= {"config.json", "tokenizer.json"}
+    llm_sepweight.split(checkpoint, tmp_path / "split", layout=layout)
+    llm_sepweight.fetch(checkpoint, "f", tmp_path / "node", layout=layout)
+    export(tmp_path / "split", tmp_path / "back")
+    for directory in (tmp_path / "split", tmp_path / "node", tmp_path / "back"):
+        found = {path.name for path in directory.iterdir() if path.suffix != ".safetensors"}
+        assert found - {"sepweight.json"} == small
+        assert all((directory / name).read_bytes() == (checkpoint / name).read_bytes() for name in small)
+
+
 def test_a_bad_file_beside_a_checkpoint_does_not_travel_along(checkpoint, layout, tmp_path):
     (tmp_path / "secret").write_text("x")
     (checkpoint / "tokenizer.model").symlink_to(tmp_path / "secret")

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,14 @@ from llm_sepweight._manifest import (
 from llm_sepweight._parts import is_sound, tool
 from llm_sepweight._plan import PlannedPart, plan
 from llm_sepweight._remote import START, Remote, RemoteFile, open_remote
-from llm_sepweight._source import COMPANIONS
+from llm_sepweight._source import travels_along
 from llm_sepweight._writing import locked, write_bytes
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 GUESSED = (  # where nothing can be listed
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "spiece.model", "sentencepiece.bpe.model", "tekken.json", "tiktoken.model", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
 
 
@@ -176,7 +176,7 @@ def _in_checkpoint(remote: Remote, spec: str, layout: Layout, pool: ThreadPoolEx
         model=checksum(json.dumps(versions).encode()),
     )
     names = remote.names()
-    listed = [name for name in names or () if any(fnmatch(name, pattern) for pattern in COMPANIONS)]
+    listed = [name for name in names or () if travels_along(name)]
     return Found(manifest, {}, downloads, dict.fromkeys(GUESSED if names is None else sorted(listed)))
 
 

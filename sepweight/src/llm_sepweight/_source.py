@@ -6,26 +6,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from llm_sepweight._catalog import Entry, inside, read_limited
+from llm_sepweight._catalog import JSON_LIMIT, Entry, inside, read_limited
 from llm_sepweight._errors import WeightError
+from llm_sepweight._manifest import MANIFEST
 from llm_sepweight._states import sample, state
 from llm_sepweight._store import WeightStore
 from llm_sepweight._writing import remove
 
-COMPANIONS = (  # what travels along with the weights
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "chat_template*",
-    "LICENSE*",
-)
+SMALL = (  # what configurations, tokenizers, chat templates and a model's own code end in
+    ".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".bpe", ".vocab", ".codes", ".tokenizer", ".py",
+)  # fmt: skip
+LICENSES = ("LICENSE", "NOTICE", "USE_POLICY")
+
+
+def travels_along(name: str) -> bool:
+    """Whether this is one of the small files that belong to a model, which no index of weights is.
+
+    >>> [name for name in ("tekken.json", "model.safetensors.index.json", "x/vocab.txt", ".cache.json") if travels_along(name)]
+    ['tekken.json']
+    """
+    if "/" in name or name.startswith(".") or name == MANIFEST or name.endswith(".index.json"):
+        return False
+    return name.endswith(SMALL) or name.startswith(LICENSES)
 
 
 class Source(Protocol):
@@ -105,5 +107,5 @@ class StoreSource:
     def companion_names(self) -> list[str]:
         if self.store.manifest is not None:
             return sorted(self.store.manifest.files)
-        found = {path for pattern in COMPANIONS for path in self.store.path.glob(pattern) if path.is_file()}
-        return sorted(path.name for path in found)
+        found = (path for path in self.store.path.iterdir() if travels_along(path.name) and path.is_file())
+        return sorted(path.name for path in found if path.stat().st_size <= JSON_LIMIT)
