@@ -327,6 +327,28 @@ def test_lazy_verification_reads_what_is_sound_and_checks_it_once(directory, exp
         assert len(read) == 1
 
 
+@pytest.mark.parametrize("way", ["load", "read", "rows"])
+def test_what_is_read_first_is_taken_from_the_pass_that_checks_it(directory, expected, monkeypatch, way):
+    read: list[int] = []
+    real = WeightFile.read
+
+    def counting(self, into, offset, nbytes):
+        read.append(nbytes)
+        real(self, into, offset, nbytes)
+
+    wanted = expected["begin"]["embed.weight"]
+    monkeypatch.setattr(WeightFile, "read", counting)
+    with llm_sepweight.open(directory, verify="lazy") as weights:
+        into = torch.empty(1 << 20, dtype=torch.uint8)
+        if way == "load":
+            assert torch.equal(weights.load("begin", into=into)["embed.weight"], wanted)
+        elif way == "read":
+            assert torch.equal(weights.read("begin", "embed.weight", 3, 999, into), wanted[3:999])
+        else:
+            assert torch.equal(weights.rows("begin", "embed.weight", [7]), wanted[[7]])
+        assert sum(read) == (directory / "begin.safetensors").stat().st_size
+
+
 def test_only_a_split_model_can_be_verified(checkpoint, layout, directory):
     with pytest.raises(WeightError, match="no checksums to verify.*Split it first"):
         llm_sepweight.open(checkpoint, layout, verify="lazy")

@@ -13,7 +13,7 @@ from pathlib import Path
 from llm_sepweight._catalog import Entry
 from llm_sepweight._checksum import Checksum
 from llm_sepweight._errors import WeightError
-from llm_sepweight._lazy import LazyChecks
+from llm_sepweight._lazy import LazyChecks, Span
 from llm_sepweight._placing import Placement, Sweep
 from llm_sepweight._reading import CHUNK, PAGE, ReadError, WeightFile, pages, whole_pages
 
@@ -59,8 +59,8 @@ class Reader:
     def fetch(self, part: str, name: str | None, file: str, offset: int, nbytes: int, memory: memoryview) -> None:
         """Whole pages of a file, read by this thread."""
         with _at(part, name):
-            self._checks.check(self._used(file))
-            self._used(file).read(memory, offset, nbytes)
+            if not self._checks.check(self._used(file), Span(offset, memory[:nbytes])):
+                self._used(file).read(memory, offset, nbytes)
 
     def copy(self, part: str, name: str, entry: Entry, start: int, out: memoryview) -> None:
         """Bytes of a tensor from `start` on, through memory of this thread, to wherever they shall go."""
@@ -134,7 +134,8 @@ class Reader:
             return None
         if sweep.offset + sweep.nbytes < file.size:  # this part reads only some of it
             with _at(part, None):
-                return self._checks.check(file)
+                self._checks.check(file)
+            return None
         header = pages(sweep.offset)
         with _at(part, None):
             file.read(header, 0, sweep.offset)

@@ -31,7 +31,7 @@ def open(path: str | Path, layout: Layout | None = None, *, verify: str | None =
     is row `index` of a larger tensor, (part, name, index). An empty list drops it.
     Only headers and file sizes are read, and whatever is wrong with them is raised as WeightError now.
     verify="lazy" also checks the contents of each file of a split model against its checksum, the first time that
-    something is read from it: `load` on the way, `read` and `rows` by reading the file once more.
+    something is read from it: `load` on the way, `read` and `rows` by reading the whole file, from which the rows are taken.
 
     >>> import tempfile, safetensors.torch
     >>> with tempfile.TemporaryDirectory() as directory:
