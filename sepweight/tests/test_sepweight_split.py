@@ -177,8 +177,8 @@ def test_infinity_and_nan_in_a_config_go_round_and_the_manifest_is_json(tmp_path
 
     for _ in range(2):
         llm_sepweight.split(source, tmp_path / "split", layout=layout, in_place=in_place)
-    refuse = {"parse_constant": lambda name: pytest.fail(f"{name} is not JSON")}
-    manifest = json.loads((tmp_path / "split" / "sepweight.json").read_text(), **refuse)
+    text = (tmp_path / "split" / "sepweight.json").read_text()
+    manifest = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert manifest["config"]["limits"] == [0, {"__float__": "Infinity"}, {"__float__": "-Infinity"}]
     with llm_sepweight.open(tmp_path / "split") as weights:
         layout("a", weights.config)
