@@ -82,6 +82,7 @@ def weights_of(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 class Case:
     def __init__(self, path, store_of, kind: Any = Model) -> None:
         torch.manual_seed(0)
+        self.path, self.store_of = path.parent, store_of
         self.kind, self.resident = kind, kind().eval().requires_grad_(False)
         for parameter in self.resident.parameters():
             nn.init.normal_(parameter, std=0.2)
@@ -135,6 +136,41 @@ def test_the_order_of_the_first_pass_is_read_ahead_in_the_next(case, recwarn):
         assert 0 < looked_up <= IDS.unique().numel() * HIDDEN * 4
         assert read[0] > read[1] == read[2]
     assert not recwarn.list
+
+
+class Outer(nn.Module):
+    """The blocks are called by a module within, and a head by the one around it, as in transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Model()
+        self.last = nn.Linear(VOCAB, HIDDEN)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.last(self.body(ids))
+
+
+@pytest.mark.parametrize("left", ["by an error", "with the inner module"])
+def test_a_first_pass_that_ends_early_does_not_settle_the_order(case, recwarn, left):
+    outer = Case(case.path / "outer", case.store_of, Outer)
+    with outer.offload(outer.smallest()) as run:
+        if left == "by an error":
+            handle = run.module.body.after.register_forward_hook(fail)
+            with pytest.raises(OSError, match="after the blocks"):
+                run.module(IDS)
+            handle.remove()
+        else:
+            run.module.body(IDS)
+        run.module(IDS)  # finds the order
+        before = run.stats.bytes_read
+        torch.testing.assert_close(run.module(IDS), outer.resident(IDS), atol=2e-5, rtol=0)
+        assert run.stats.bytes_read - before <= run.plan.streamed + IDS.unique().numel() * HIDDEN * 4
+    assert not recwarn.list
+    outer.store.close()
+
+
+def fail(*_: object) -> None:
+    raise OSError("after the blocks")
 
 
 def test_rows_of_an_embedding_are_looked_up_and_its_tied_head_computes_with_all(case):

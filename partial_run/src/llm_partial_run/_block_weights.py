@@ -28,7 +28,8 @@ class BlockWeights(Weights):
     """As `Weights`, for parts that do not keep its contract.
 
     Matrices may be called in any order. The first complete pass is read in the order of registration, and the order in
-    which it asked is the one of all later passes. What is asked for when it is not its turn is read by itself.
+    which it asked is the one of all later passes, until one asks for all of that and more. What is asked for when it is
+    not its turn is read by itself.
     """
 
     def __init__(
@@ -51,27 +52,37 @@ class BlockWeights(Weights):
         self._settled = False
         self._room_used = 0  # bytes of the room for tensors in one piece that the running block has
         self._alone = False  # the last slice came by a read of its own
+        self._untimely: Unit | None = None  # the first slice of this pass that did, though the order was known
         self._warned = False
         super().__init__(parts, store, survey.model, plan, device, progress)
 
     def begin_pass(self) -> None:
         """Be ready for a pass, also where the last one was left early."""
+        self._warn()
         if self._at < len(self._order):
             self.rewind()
         self._at = 0
         self._asked = []
 
-    def end_pass(self) -> None:
-        """After a complete pass: from the first one on, its order is known."""
-        if self._settled or self._stream is None:
-            return
-        self._settled = True
-        if self._asked != self._order:
-            self._model = replace(self._model, units=tuple(self._asked))
-            for stream in (self._stream, self._disk):
-                if stream is not None:
-                    stream.close()
-            self._start()
+    def end_pass(self, *, complete: bool) -> None:
+        """From the first complete pass on the order is known. A later one may know more: the first was of an inner module."""
+        if complete and self._stream is not None and (not self._settled or {*self._asked} > {*self._order}):
+            self._settled, self._untimely = True, None
+            if self._asked != self._order:
+                self._model = replace(self._model, units=tuple(self._asked))
+                for stream in (self._stream, self._disk):
+                    if stream is not None:
+                        stream.close()
+                self._start()
+        self._warn()
+
+    def _warn(self) -> None:
+        if self._untimely is not None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self._untimely} was asked for when it was not its turn: reading it by itself is slow", stacklevel=2
+            )
+        self._untimely = None
 
     def bind_block(self, part: str) -> ExitStack:
         """Give a block its whole tensors, until the stack that this returns is closed."""
@@ -193,11 +204,8 @@ class BlockWeights(Weights):
         ahead = self._turns_until(unit)
         self._alone = ahead is None
         if ahead is None:
-            if self._settled and not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"{unit} was asked for when it was not its turn: reading it by itself is slow", stacklevel=2
-                )
+            if self._settled and self._untimely is None:
+                self._untimely = unit
             return self._read(unit, self._own_slot).to(self._device, self._plan.dtype)
         for left_out in self._order[self._at : self._at + ahead]:
             super()._take(left_out)

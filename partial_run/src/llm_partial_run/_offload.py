@@ -195,11 +195,11 @@ class Offload:
             self._begin()
         self._running.append(module)
 
-    def _leave(self, module: nn.Module, *_: Any) -> None:
+    def _leave(self, module: nn.Module, _: Any, output: Any) -> None:
         if self._running and self._running[-1] is module:
             self._running.pop()
             if not self._running:
-                self._end()
+                self._end(complete=output is not None and self._next == len(self._modules))  # None: it has failed
 
     def _begin(self) -> None:
         _check_mode(self.module)
@@ -208,14 +208,13 @@ class Offload:
         self._next = 0
         self._start, self._waited, self._read = time.perf_counter(), self._weights.waited, self._weights.bytes_read
 
-    def _end(self) -> None:
+    def _end(self, *, complete: bool) -> None:
         stats, waited = self.stats, self._weights.waited - self._waited
         stats.seconds_total += time.perf_counter() - self._start
         stats.seconds_waiting += waited
         stats.bytes_read += self._weights.bytes_read - self._read
-        if self._next == len(self._modules):
-            stats.passes += 1
-            self._weights.end_pass()
+        stats.passes += complete
+        self._weights.end_pass(complete=complete)
 
     # Blocks
 
