@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm_partial_run import BudgetError, _kinds, _units, layout_from_module, offload
+from llm_partial_run import BudgetError, _block_weights, _kinds, _units, layout_from_module, offload
 
 VOCAB, HIDDEN, LAYERS = 96, 32, 12
 
@@ -249,6 +250,56 @@ def test_closing_gives_the_module_its_own_state_back_and_leaves_no_thread_or_fil
         torch.testing.assert_close(module(IDS), case.resident(IDS), atol=2e-5, rtol=0)
 
 
+def test_a_second_thread_is_refused_at_once_while_a_pass_runs(case):
+    inside, told = threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        inside.set()
+        assert told.wait(20)
+
+    with case.offload(case.smallest()) as run, ThreadPoolExecutor() as pool:
+        expected = run.module(IDS)
+        handle = run.module.blocks[5].norm.register_forward_hook(wait)
+        first = pool.submit(run.module, IDS)
+        assert inside.wait(20)
+        for module, x in ((run.module, IDS), (run.module.blocks[0], expected)):
+            with pytest.raises(RuntimeError, match=r"a pass of this Model is running in thread 'ThreadPool.*one call"):
+                module(x)
+        told.set()
+        assert torch.equal(first.result(20), expected)
+        handle.remove()
+        assert torch.equal(run.module(IDS), expected)
+        assert torch.equal(pool.submit(run.module, IDS).result(20), expected)
+        assert run.stats.passes == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*not its turn")
+def test_what_lies_beside_the_blocks_serves_other_threads_too(case):
+    x = torch.randn(1, 3, HIDDEN)
+    with case.offload(case.smallest()) as run, ThreadPoolExecutor(8) as pool:
+        expected, after = run.module(IDS), run.module.after(x)
+        passes = pool.submit(lambda: [run.module(IDS) for _ in range(30)])
+        results = list(pool.map(run.module.after, [x] * 300))
+        assert all(torch.equal(result, after) for result in results)
+        assert all(torch.equal(result, expected) for result in passes.result(20))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_pass_that_a_thread_has_died_in_hinders_no_other(case):
+    with case.offload(case.smallest()) as run:
+        expected = run.module(IDS)
+        handle = run.module.blocks[5].norm.register_forward_hook(leave)
+        thread = threading.Thread(target=run.module, args=(IDS,))
+        thread.start()
+        thread.join(20)
+        handle.remove()
+        assert torch.equal(run.module(IDS), expected)
+
+
+def leave(*_: object) -> None:
+    raise SystemExit
+
+
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_a_pass_left_in_the_middle_is_started_over(case, error):
     with case.offload(case.smallest()) as run:
@@ -263,6 +314,31 @@ def test_a_pass_left_in_the_middle_is_started_over(case, error):
         handle.remove()
         assert torch.equal(run.module(IDS), expected)
         assert run.stats.passes == 2
+
+
+def test_errors_in_the_last_slice_of_a_pass_take_no_slot_from_the_ring(case, monkeypatch):
+    product, weights = _block_weights.product, []
+    monkeypatch.setattr(
+        _block_weights, "product", lambda x, weight, bias: weights.append(weight) or product(x, weight, bias)
+    )
+
+    def fail_at_the_end(x, weight, bias):
+        weights.append(weight)
+        if len(weights) == count:
+            raise OSError("the last one")
+        return product(x, weight, bias)
+
+    with case.offload(case.smallest()) as run:
+        expected = run.module(IDS)
+        count = len(weights)
+        monkeypatch.setattr(_block_weights, "product", fail_at_the_end)
+        for _ in range(run.plan.slots + 1):
+            weights.clear()
+            with pytest.raises(OSError, match="the last one"):
+                run.module(IDS)
+            assert run._weights._stream._released >= run._weights._stream._taken - 1
+        monkeypatch.setattr(_block_weights, "product", product)
+        assert torch.equal(run.module(IDS), expected)
 
 
 def test_a_read_error_surfaces_as_itself_and_the_next_pass_is_right(case):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import mmap
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ._absent import Absent
 from ._kinds import Survey
 from ._plan import Plan
+from ._products import product
 from ._stores import page_aligned
 from ._units import Unit
 from ._weights import Compute, Progress, Weights, bound
@@ -51,6 +53,7 @@ class BlockWeights(Weights):
         self._asked: list[Unit] = []
         self._settled = False
         self._room_used = 0  # bytes of the room for tensors in one piece that the running block has
+        self._one_at_a_time = threading.Lock()  # for who calls a module beside the blocks in another thread
         self._alone = False  # the last slice came by a read of its own
         self._untimely: Unit | None = None  # the first slice of this pass that did, though the order was known
         self._warned = False
@@ -59,22 +62,27 @@ class BlockWeights(Weights):
     def begin_pass(self) -> None:
         """Be ready for a pass, also where the last one was left early."""
         self._warn()
-        if self._at < len(self._order):
+        with self._one_at_a_time:
             self.rewind()
-        self._at = 0
-        self._asked = []
+            self._at = 0
+            self._asked = []
 
     def end_pass(self, *, complete: bool) -> None:
         """From the first complete pass on the order is known. A later one may know more: the first was of an inner module."""
         if complete and self._stream is not None and (not self._settled or {*self._asked} > {*self._order}):
             self._settled, self._untimely = True, None
-            if self._asked != self._order:
-                self._model = replace(self._model, units=tuple(self._asked))
-                for stream in (self._stream, self._disk):
-                    if stream is not None:
-                        stream.close()
-                self._start()
+            with self._one_at_a_time:
+                self._follow()
         self._warn()
+
+    def _follow(self) -> None:
+        """Read in the order of this pass from now on."""
+        if self._asked != self._order:
+            self._model = replace(self._model, units=tuple(self._asked))
+            for stream in (self._stream, self._disk):
+                if stream is not None:
+                    stream.close()
+            self._start()
 
     def _warn(self) -> None:
         if self._untimely is not None and not self._warned:
@@ -86,13 +94,14 @@ class BlockWeights(Weights):
 
     def bind_block(self, part: str) -> ExitStack:
         """Give a block its whole tensors, until the stack that this returns is closed."""
-        self._room_used, binding = 0, ExitStack()
-        for owner, name in self._survey.whole:
-            if owner == part and (part, name) not in self._complete:
-                tensor = self._assemble((part, name), self._room[self._room_used :])
-                self._room_used += -(-tensor.nbytes // PAGE) * PAGE
-                binding.enter_context(bound(self._parts[part], name, tensor))
-        return binding
+        self._room_used = 0
+        with ExitStack() as binding:
+            for owner, name in self._survey.whole:
+                if owner == part and (part, name) not in self._complete:
+                    tensor = self._assemble((part, name), self._room[self._room_used :])
+                    self._room_used += -(-tensor.nbytes // PAGE) * PAGE
+                    binding.enter_context(bound(self._parts[part], name, tensor))
+            return binding.pop_all()
 
     # Loading
 
@@ -162,6 +171,10 @@ class BlockWeights(Weights):
         refuse_gradients(f"{units[0].part}: {units[0].name}", x)
         return super()._linear(linear, units, compute, x)
 
+    def _slice(self, unit: Unit, x: Tensor, bias: Tensor | None) -> Tensor:
+        with self._slice_of(unit) as rows:
+            return product(x, rows, bias)
+
     def _falcon(self, module: nn.Linear, units: list[Unit], x: Tensor) -> Tensor:
         refuse_gradients(f"{units[0].part}: {units[0].name}", x)
         outputs = []  # each [..., rows of the slice]
@@ -194,7 +207,8 @@ class BlockWeights(Weights):
     def _slice_of(self, unit: Unit) -> Iterator[Tensor]:
         if unit in self._local:
             yield self._kept[unit]
-        else:
+            return
+        with self._one_at_a_time:
             yield self._take(unit)
             self._release()
 

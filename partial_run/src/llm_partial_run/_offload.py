@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -110,6 +111,8 @@ class Offload:
         survey = survey_blocks(module, found, store, dtype=dtype, context=context, whole_blocks=whole_blocks)
         computed = computed_buffers(module, buffers)
         self.plan = self._decide(store, survey, memory, rows, context, tokens, cache, device_memory, runtime)
+        self._turn = threading.Lock()
+        self._thread: threading.Thread | None = None  # in which a pass, or a block called by hand, is running
         self._running: list[nn.Module] = []  # the module, and those within it that have blocks, as they call each other
         self._next = 0  # the block that has to be called next
         self._inside: int | None = None  # the block that is running
@@ -188,18 +191,43 @@ class Offload:
             yield block.register_forward_pre_hook(partial(self._before, i), with_kwargs=True)
             yield block.register_forward_hook(partial(self._after, i), always_call=True)
 
+    def _claim(self) -> None:
+        """Refuse a second thread: the weights are where one pass is, and the plan counts the keys and values of one call."""
+        thread = threading.current_thread()
+        with self._turn:
+            owner = self._thread
+            if owner is not None and owner is not thread and owner.is_alive():
+                raise RuntimeError(
+                    f"a pass of this {type(self.module).__name__} is running in thread {owner.name!r}, or was interrupted "
+                    "there: an offloaded module serves one call at a time, so hold a lock of your own around each"
+                )
+            if owner is not thread:  # it may have died in a pass
+                self._running.clear()
+                self._inside = None
+            self._thread = thread
+
+    def _give_up(self) -> None:
+        if not self._running:
+            self._thread = None
+
     def _enter(self, module: nn.Module, _: Any) -> None:
+        self._claim()
         if module in self._running:  # an interrupt left it there
             self._running.clear()
         if not self._running:
-            self._begin()
+            try:
+                self._begin()
+            except BaseException:
+                self._give_up()
+                raise
         self._running.append(module)
 
     def _leave(self, module: nn.Module, _: Any, output: Any) -> None:
-        if self._running and self._running[-1] is module:
+        if self._thread is threading.current_thread() and self._running and self._running[-1] is module:
             self._running.pop()
             if not self._running:
                 self._end(complete=output is not None and self._next == len(self._modules))  # None: it has failed
+                self._give_up()
 
     def _begin(self) -> None:
         _check_mode(self.module)
@@ -219,6 +247,14 @@ class Offload:
     # Blocks
 
     def _before(self, i: int, block: nn.Module, args: Any, kwargs: Any) -> None:
+        self._claim()
+        try:
+            self._bind(i, [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)])
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _bind(self, i: int, tensors: list[Tensor]) -> None:
         if i == 0 and not self._running:  # somebody calls the blocks by hand
             self._begin()
         if i != self._next:
@@ -227,19 +263,18 @@ class Offload:
                 f"{self.blocks[i]} was called {problem}: each block has to be called once in a pass, in order. "
                 "Give blocks= in the order in which they are called; a block that is called twice cannot be streamed"
             )
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         refuse_gradients(self.blocks[i], *tensors)
         if i == 0 and tensors:
             self._check_tokens(tensors[0])
         self._next = i + 1
         if self._progress is not None:
             self._progress("pass", i, len(self._modules))
-        self._inside = i
         self._binding = self._weights.bind_block(f"mid.{i:05d}")
         self._block_start, self._block_waited = time.perf_counter(), self._weights.waited
+        self._inside = i
 
     def _after(self, i: int, *_: Any) -> None:
-        if self._inside != i:  # it was refused
+        if self._thread is not threading.current_thread() or self._inside != i:  # it was refused
             return
         self._inside = None
         self._binding.close()
@@ -248,6 +283,7 @@ class Offload:
         )
         if self._progress is not None and i + 1 == len(self._modules):
             self._progress("pass", i + 1, len(self._modules))
+        self._give_up()
 
     def _check_tokens(self, x: Tensor) -> None:
         """x: [rows, tokens, width], what goes into the first block."""
