@@ -444,16 +444,34 @@ def test_training_mode_of_an_inner_module_is_refused(case):
         case.offload(module=module)
 
 
-@pytest.mark.parametrize("inside", ["after", "blocks.11.norm"])
-def test_gradients_that_begin_inside_are_refused(case, inside):
-    with case.offload(case.smallest()) as run:
+@pytest.mark.parametrize("memory", ["smallest", "1GiB"])
+@pytest.mark.parametrize("whole_blocks", [False, True])
+@pytest.mark.parametrize("inside", ["embed", "after", "blocks.11.norm", "blocks.11.down"])
+def test_gradients_that_begin_inside_are_refused(case, inside, whole_blocks, memory):
+    budget = case.smallest(whole_blocks=whole_blocks) if memory == "smallest" else memory
+    with case.offload(budget, whole_blocks=whole_blocks) as run:
         expected = run.module(IDS)
         shift = torch.zeros(HIDDEN, requires_grad=True)
-        run.module.get_submodule(inside).register_forward_hook(lambda module, args, output: output + shift)
-        with pytest.raises(RuntimeError, match=r"weight is offloaded, and its input requires gradients"):
+        run.module.get_submodule(inside).register_forward_hook(
+            lambda module, args, output: output + shift[: output.shape[-1]]
+        )
+        with pytest.raises(RuntimeError, match=r"is offloaded, and .* requires gradients.*torch.no_grad"):
             run.module(IDS)
         with torch.no_grad():
             assert torch.equal(run.module(IDS), expected)
+
+
+@pytest.mark.parametrize("memory", ["smallest", "1GiB"])
+def test_gradients_that_begin_before_a_tensor_in_one_piece_are_refused(case, memory):
+    """Its memory is another block's when a backward pass would come."""
+    with case.offload(case.smallest() if memory == "smallest" else memory) as run:
+        shift = torch.zeros(HIDDEN, requires_grad=True)
+        run.module.blocks[0].down.register_forward_hook(lambda module, args, output: output + shift)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"blocks.0 is offloaded, and its output requires gradients"):
+                run.module.blocks[0](torch.ones(1, 2, HIDDEN))
+        with torch.no_grad():
+            run.module.blocks[0](torch.ones(1, 2, HIDDEN))
 
 
 @pytest.mark.parametrize("name", ["blocks.4.up", "after"])

@@ -247,9 +247,9 @@ class BlockWeights(Weights):
         return None
 
 
-def refuse_gradients(name: str, *inputs: Tensor) -> None:
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+def refuse_gradients(name: str, *tensors: Tensor, of: str = "input") -> None:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise RuntimeError(
-            f"{name} is offloaded, and its input requires gradients, which would be wrong once its weights are gone: "
+            f"{name} is offloaded, and its {of} requires gradients, which would be wrong once its weights are gone: "
             "call it under torch.no_grad()"
         )

@@ -249,7 +249,7 @@ class Offload:
     def _before(self, i: int, block: nn.Module, args: Any, kwargs: Any) -> None:
         self._claim()
         try:
-            self._bind(i, [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)])
+            self._bind(i, [*_tensors(args), *_tensors(kwargs)])
         except BaseException:
             self._give_up()
             raise
@@ -273,7 +273,7 @@ class Offload:
         self._block_start, self._block_waited = time.perf_counter(), self._weights.waited
         self._inside = i
 
-    def _after(self, i: int, *_: Any) -> None:
+    def _after(self, i: int, block: nn.Module, args: Any, output: Any) -> None:
         if self._thread is not threading.current_thread() or self._inside != i:  # it was refused
             return
         self._inside = None
@@ -284,6 +284,7 @@ class Offload:
         if self._progress is not None and i + 1 == len(self._modules):
             self._progress("pass", i + 1, len(self._modules))
         self._give_up()
+        refuse_gradients(self.blocks[i], *_tensors(output), of="output")  # they have begun inside
 
     def _check_tokens(self, x: Tensor) -> None:
         """x: [rows, tokens, width], what goes into the first block."""
@@ -297,6 +298,14 @@ class Offload:
 
     def _name(self, i: int) -> str:
         return self.blocks[i] if i < len(self.blocks) else "the end of the pass"
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """Those among a module's arguments or results, also where it gives several."""
+    several = (
+        values.values() if isinstance(values, Mapping) else values if isinstance(values, tuple | list) else [values]
+    )
+    return [value for value in several if isinstance(value, Tensor)]
 
 
 def _check_mode(module: nn.Module) -> None:
