@@ -69,9 +69,9 @@ def small_slices(monkeypatch):
     monkeypatch.setattr(_kinds, "SMALL", 512)
 
 
-def save(config, path, dtype=torch.float32):
+def save(config, path, dtype=torch.float32, kind: Any = AutoModelForCausalLM):
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model: Any = kind.from_config(config, dtype=dtype)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(path)
@@ -159,6 +159,37 @@ def test_bfloat16_is_no_farther_from_fp32_than_transformers_is(name, tmp_path):
         assert model.dtype == torch.bfloat16
         ours = logits(model, input_ids=PROMPTS).float()
     assert (ours - expected).abs().mean() <= (expected - truth).abs().mean()
+
+
+KEPT_IN_FP32: dict[str, Any] = {
+    "deepseek v3": hf.DeepseekV3Config(
+        **LLAMA | dict(num_key_value_heads=4), n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=24,
+        first_k_dense_replace=1, n_shared_experts=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
+        qk_nope_head_dim=8, v_head_dim=8, experts_implementation="eager",
+    ),
+    "glm4 moe": hf.Glm4MoeConfig(
+        **LLAMA, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, first_k_dense_replace=1, head_dim=8,
+        experts_implementation="eager",
+    ),
+    "t5": hf.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=4, num_heads=4, decoder_start_token_id=0, **VOCAB),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [*KEPT_IN_FP32, "llama", "gpt2", "mixtral"])
+def test_what_transformers_keeps_in_fp32_stays_so(name, dtype, stored, tmp_path):
+    kind = hf.AutoModelForSeq2SeqLM if name == "t5" else AutoModelForCausalLM
+    path = save((KEPT_IN_FP32 | CONFIGS)[name], tmp_path, stored, kind)
+    theirs, model = kind.from_pretrained(path, dtype=dtype).eval(), on_meta(path, kind)
+    inputs = dict(input_ids=PROMPTS) | (dict(decoder_input_ids=PROMPTS) if name == "t5" else {})
+    expected = logits(theirs, **inputs)
+    for memory in (smallest(path, model, dtype=dtype), "1GiB"):
+        with offloaded(path, model, memory, dtype=dtype):
+            assert {n: p.dtype for n, p in model.state_dict(keep_vars=True).items()} == {
+                n: p.dtype for n, p in theirs.state_dict().items()
+            }
+            assert (logits(model, **inputs) - expected).abs().mean() <= 1e-3 * expected.abs().mean()
 
 
 MAMBA = hf.MambaConfig(

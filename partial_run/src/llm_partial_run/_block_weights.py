@@ -125,6 +125,9 @@ class BlockWeights(Weights):
         on_cpu = self._device.type == "cpu"
         return page_aligned(nbytes) if on_cpu else torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
+    def _dtype_of(self, part: str, name: str) -> torch.dtype:
+        return self._survey.dtypes[part, name]
+
     def _start(self) -> None:
         super()._start()
         self._order = [unit for unit in self._model.units if unit not in self._local]
@@ -157,13 +160,14 @@ class BlockWeights(Weights):
 
     def _stand_in(self, part: str, name: str, rows: Callable[[Tensor], Tensor] | None) -> None:
         shape = self._survey.whole.get((part, name)) or self._store.tensors(part)[name].shape
-        absent = Absent.like(f"{part}: {name}", torch.Size(shape), self._plan.dtype, self._device, rows)
+        dtype = self._dtype_of(part, name)
+        absent = Absent.like(f"{part}: {name}", torch.Size(shape), dtype, self._device, rows)
         self._opened.enter_context(bound(self._parts[part], name, absent))
 
     def _rows(self, part: str, name: str, ids: Tensor) -> Tensor:
         rows = self._store.rows(part, name, ids.cpu())
         self.bytes_read += rows.nbytes
-        return rows.to(self._device, self._plan.dtype)
+        return rows.to(self._device, self._dtype_of(part, name))
 
     # Computing
 
@@ -220,7 +224,7 @@ class BlockWeights(Weights):
         if ahead is None:
             if self._settled and self._untimely is None:
                 self._untimely = unit
-            return self._read(unit, self._own_slot).to(self._device, self._plan.dtype)
+            return self._read(unit, self._own_slot).to(self._device, self._dtype_of(unit.part, unit.name))
         for left_out in self._order[self._at : self._at + ahead]:
             super()._take(left_out)
             super()._release()

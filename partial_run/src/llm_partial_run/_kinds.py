@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,7 @@ class Survey:
     whole: Mapping[tuple[str, str], tuple[int, ...]]  # bound as one while its block runs: its shape
     gathered: tuple[tuple[str, str], ...]  # of which rows are looked up
     whole_nbytes: int  # most bytes of what is bound as one at a time
+    dtypes: Mapping[tuple[str, str], torch.dtype]  # what each computes in
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -65,6 +68,8 @@ def survey_blocks(
     if dtype is None:
         raise ValueError(f"{type(module).__name__} has no weights in floating point: there is nothing to run")
 
+    dtypes: dict[tuple[str, str], torch.dtype] = {}
+    own_dtype = _own_dtypes(module, dtype)
     units: list[Unit] = []
     kept: list[tuple[str, str]] = []
     sliced: dict[tuple[str, str], Any] = {}
@@ -79,7 +84,8 @@ def survey_blocks(
     for key, tensor in module.state_dict(keep_vars=True).items():
         part, name = named[key]
         info = _info((part, name), parts)
-        compute = dtype if info.dtype.is_floating_point else info.dtype
+        compute = own_dtype(key, tensor) if info.dtype.is_floating_point else info.dtype
+        dtypes[part, name] = compute
         converted |= compute != info.dtype
         stored_nbytes += info.nbytes
         nbytes = info.nbytes // info.dtype.itemsize * compute.itemsize
@@ -116,7 +122,32 @@ def survey_blocks(
         tuple(units), (), tuple(kept), kept_nbytes, gathered_nbytes, stored_nbytes, dtype, converted, vocab_size,
         hidden_size, max(block_width + _scores(module, context), vocab_size),
     )  # fmt: skip
-    return Survey(model, sliced, called, whole, tuple(gathered), max(whole_nbytes.values()) + called_nbytes)
+    return Survey(model, sliced, called, whole, tuple(gathered), max(whole_nbytes.values()) + called_nbytes, dtypes)
+
+
+def _own_dtypes(module: nn.Module, dtype: torch.dtype) -> Callable[[str, torch.Tensor], torch.dtype]:
+    """What a tensor of the state dict computes in, where most compute in `dtype`: as `from_pretrained(dtype=...)` has it.
+
+    A transformers model names those that stay in fp32, beside bf16 or beside fp16 alone; and what the module has in
+    another dtype than most of its tensors keeps it.
+    """
+    named: list[str] = []
+    if dtype in (torch.float16, torch.bfloat16):
+        named += getattr(module, "_keep_in_fp32_modules_strict", None) or ()
+    if dtype == torch.float16:
+        named += getattr(module, "_keep_in_fp32_modules", None) or ()
+    pattern = re.compile("|".join(name.replace("*", ".*") for name in named) or "(?!)")
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in module.state_dict(keep_vars=True).values():
+        sizes[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
+    ((most, _),) = sizes.most_common(1)
+
+    def own(key: str, tensor: torch.Tensor) -> torch.dtype:
+        if pattern.search(key):
+            return torch.float32
+        return dtype if tensor.dtype == most else tensor.dtype
+
+    return own
 
 
 def cache_nbytes(module: nn.Module, rows: int, context: int, dtype: torch.dtype) -> int:

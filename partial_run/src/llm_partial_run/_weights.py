@@ -112,7 +112,7 @@ class Weights:
             place = place_of(part, self._parts[part], name)
             info = self._store.tensors(place[0])[place[1]]
             tensor = self._store.read(*place, 0, info.shape[0], page_aligned(info.nbytes + 2 * 4096))
-            dtype = self._plan.dtype if tensor.is_floating_point() else tensor.dtype
+            dtype = self._dtype_of(part, name) if tensor.is_floating_point() else tensor.dtype
             self._opened.enter_context(bound(self._parts[part], name, tensor.to(self._device, dtype, copy=True)))
 
         wanted = self._plan.resident_units | self._plan.device_units
@@ -134,8 +134,14 @@ class Weights:
         on_device = unit in self._plan.device_units
         tensor = self._read(unit, slot_for(unit, pinned=self._pinned and not on_device))
         if on_device:
-            return tensor.to(self._device, self._plan.dtype, copy=True)
-        return tensor if self._plan.device_memory else tensor.to(self._plan.dtype)  # pinned ones convert on the device
+            return tensor.to(self._device, self._dtype_of(unit.part, unit.name), copy=True)
+        if self._plan.device_memory:  # pinned ones convert on the device
+            return tensor
+        return tensor.to(self._dtype_of(unit.part, unit.name))
+
+    def _dtype_of(self, part: str, name: str) -> torch.dtype:
+        """What a weight computes in."""
+        return self._plan.dtype
 
     def _start(self) -> None:
         plan = self._plan
@@ -226,7 +232,7 @@ class Weights:
         return product(x, self._held[unit].to(self._plan.dtype), bias)
 
     def _take(self, unit: Unit) -> Tensor:
-        return self._stream.take(unit).to(self._plan.dtype)  # pyright: ignore[reportOptionalMemberAccess]
+        return self._stream.take(unit).to(self._dtype_of(unit.part, unit.name))  # pyright: ignore[reportOptionalMemberAccess]
 
     def _release(self) -> None:
         until = torch.cuda.current_stream(self._device).record_event() if self._pinned else None
