@@ -294,6 +294,26 @@ def test_a_tied_head_that_is_stored_all_the_same_and_old_buffers_are_dropped(tmp
         torch.testing.assert_close(logits(model, input_ids=PROMPTS), expected, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("llama tied", "model.embed_tokens.weight", "lm_head.weight"),
+        ("gpt2", "transformer.wte.weight", "lm_head.weight"),
+        ("bloom", "transformer.word_embeddings.weight", "lm_head.weight"),
+        ("falcon 7b", "transformer.word_embeddings.weight", "lm_head.weight"),
+        ("opt projected", "model.decoder.embed_tokens.weight", "lm_head.weight"),
+    ],
+)
+def test_a_tied_head_may_be_stored_under_either_name(name, first, second, tmp_path):
+    path = save(CONFIGS[name], tmp_path)
+    keys = load_file(path / "model.safetensors")
+    save_file({second if key == first else key: t for key, t in keys.items()}, path / "model.safetensors")
+    theirs, model = resident(path), on_meta(path)
+    expected = theirs.generate(PROMPTS, attention_mask=MASK, max_new_tokens=8, **GENERATE)
+    with offloaded(path, model, smallest(path, model)):
+        assert torch.equal(model.generate(PROMPTS, attention_mask=MASK, max_new_tokens=8, **GENERATE), expected)
+
+
 def test_every_key_that_is_saved_has_a_place_and_every_tensor_a_key(checkpoint):
     model = on_meta(checkpoint)
     weights = llm_sepweight.open(checkpoint, layout=llm_partial_run.layout_from_module(model))

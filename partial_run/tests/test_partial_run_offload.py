@@ -70,12 +70,12 @@ def on_meta(kind: Any = Model) -> Any:
         return kind().eval()
 
 
-def weights_of(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+def weights_of(model: nn.Module, *, without: tuple[str, ...] = ("head.weight",)) -> dict[str, dict[str, Tensor]]:
     """What a checkpoint of the model holds, by part: each tensor once, where it is tied."""
     layout = layout_from_module(model)
     weights: dict[str, dict[str, Tensor]] = {}
     for key, tensor in model.state_dict().items():
-        for part, name in layout(key, {}):
+        for part, name in layout(key, {}) if key not in without else ():
             weights.setdefault(part, {})[name] = tensor
     return weights
 
@@ -491,8 +491,32 @@ def test_a_key_that_the_module_has_no_place_for_is_named():
     layout = layout_from_module(on_meta())
     with pytest.raises(ValueError, match=r"checkpoint key 'blocks.12.up.weight' has no place in this Model"):
         layout("blocks.12.up.weight", {})
-    assert layout("head.weight", {}) == []  # tied: read from the embedding
+    assert layout("embed.weight", {}) == [("begin", "embed.weight"), ("end", "head.weight")]
+    assert layout("head.weight", {}) == [("begin", "tied.head.weight")]  # read where there is no embed.weight
     assert layout("embed.scale", {}) == []  # computed
+
+
+def test_a_tied_tensor_is_read_from_whichever_name_it_is_stored_under(case):
+    case.weights = weights_of(case.resident, without=("embed.weight",))
+    assert "end" not in case.weights
+    stored = sum(p.nbytes for p in case.resident.parameters())
+    case.store = case.store_of(case.path / "the head alone", case.weights)
+    for memory in (case.smallest(), "1GiB"):
+        with case.offload(memory) as run:
+            assert run.plan.stored == stored
+            torch.testing.assert_close(run.module(IDS), case.resident(IDS), atol=2e-5, rtol=0)
+
+
+def test_a_tied_tensor_that_is_stored_twice_has_to_be_the_same(case):
+    weights = weights_of(case.resident, without=())
+    case.store = case.store_of(case.path / "both", weights)
+    with case.offload() as run:
+        torch.testing.assert_close(run.module(IDS), case.resident(IDS), atol=2e-5, rtol=0)
+    weights["begin"]["tied.head.weight"] = weights["begin"]["embed.weight"].clone()
+    weights["begin"]["tied.head.weight"][-1, -1] += 1
+    case.store = case.store_of(case.path / "two", weights)
+    with pytest.raises(ValueError, match=r"embed.weight and head.weight are one tensor in this Model.*tie_word_emb"):
+        case.offload()
 
 
 def test_a_module_that_does_not_fit_the_weights_is_named(case):

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from ._tied import names_of_one, spare
+
 Layout = Callable[[str, Mapping[str, Any]], list[Any]]
 COMPUTED = re.compile(
     r"(^|\.)(attn|attention)\.(masked_)?bias$|(^|\.)rotary_emb\.inv_freq$"
@@ -80,7 +82,7 @@ def places(module: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, tupl
 def layout_from_module(module: nn.Module, *, blocks: str | Iterable[nn.Module] | None = None) -> Layout:
     """The layout of a module's checkpoint: where each key belongs among the parts that `offload` makes of the module.
 
-    Keys are those of `state_dict`. A tied tensor is read from the first name that the module has for it. For a
+    Keys are those of `state_dict`. A tied tensor may be stored under any of its names. For a
     transformers model keys are renamed as `from_pretrained` renames them, with or without the prefix of the base model.
     Dropped are old checkpoints' computed buffers, what the module itself ignores, and for a base model the keys beside it.
 
@@ -94,10 +96,10 @@ def layout_from_module(module: nn.Module, *, blocks: str | Iterable[nn.Module] |
     ([('begin', '0.weight')], [('mid.00001', 'bias')], [('end', '2.bias')])
     """
     named = places(module, find_blocks(module, blocks))
-    first: dict[int, str] = {}
-    belongs: dict[str, list[tuple[str, str]]] = {}
-    for key, tensor in module.state_dict(keep_vars=True).items():
-        belongs.setdefault(first.setdefault(id(tensor), key), []).append(named[key])
+    belongs = {key: [place] for key, place in named.items()}
+    for first, *others in names_of_one(module):
+        belongs[first] += [named[key] for key in others]
+        belongs |= {key: [spare(named[first], key)] for key in others}
     prefix = f"{base}." if (base := getattr(module, "base_model_prefix", "")) else ""
     rename = _renaming(module)
 

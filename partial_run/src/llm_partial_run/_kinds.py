@@ -81,13 +81,15 @@ def survey_blocks(
     widths = dict.fromkeys(parts, 0)  # elements per token that the matrices of a part give
     whole_nbytes = dict.fromkeys(parts, 0)
     called_nbytes = 0
+    counted: set[int] = set()  # tensors, of which one that is tied comes several times
     for key, tensor in module.state_dict(keep_vars=True).items():
         part, name = named[key]
         info = _info((part, name), parts)
         compute = own_dtype(key, tensor) if info.dtype.is_floating_point else info.dtype
         dtypes[part, name] = compute
         converted |= compute != info.dtype
-        stored_nbytes += info.nbytes
+        stored_nbytes += 0 if id(tensor) in counted else info.nbytes
+        counted.add(id(tensor))
         nbytes = info.nbytes // info.dtype.itemsize * compute.itemsize
         path, _, leaf = key.rpartition(".")
         owner = module.get_submodule(path)

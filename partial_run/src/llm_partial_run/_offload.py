@@ -22,6 +22,7 @@ from ._memory import available, measured_runtime, parse_bytes
 from ._plan import Plan, decide
 from ._run import DEFAULT_SHARE, MARGIN, SLACK, Stats
 from ._stores import as_store, read_rate
+from ._tied import Tied
 from ._weights import Progress, bound
 
 FOREIGN = 16 << 20  # what a module's own code imports and allocates when it is called for the first time
@@ -106,8 +107,9 @@ class Offload:
         self._device, self._progress = torch.device(device), progress
         tokens = max(rows, min(tokens or rows * context, rows * context))
         parts = parts_of(module, found)
-        used = dict.fromkeys(part for part, _ in places(module, found).values())
-        store = as_store(weights, {part: parts[part] for part in used})
+        named = places(module, found)
+        used = dict.fromkeys(part for part, _ in named.values())
+        store = Tied(as_store(weights, {part: parts[part] for part in used}), module, named)
         survey = survey_blocks(module, found, store, dtype=dtype, context=context, whole_blocks=whole_blocks)
         computed = computed_buffers(module, buffers)
         self.plan = self._decide(store, survey, memory, rows, context, tokens, cache, device_memory, runtime)
