@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +149,39 @@ def test_the_plan_counts_the_keys_and_values_that_the_model_keeps(checkpoint):
     counted = _kinds.cache_nbytes(on_meta(checkpoint), 2, 40, torch.float32)
     windowed = bool(getattr(theirs.config, "sliding_window", None))
     assert nbytes <= counted if windowed else nbytes == counted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_plan_counts_what_is_allocated_when_a_long_prompt_comes_in_chunks(name, padded, dtype, tmp_path):
+    config = copy.deepcopy(CONFIGS[name])
+    config.max_position_embeddings = config.n_positions = config.max_seq_len = 256  # whatever the model calls it
+    path = save(config, tmp_path, dtype)
+    model = on_meta(path)
+    prompts = torch.ones(2, 256, dtype=torch.long)
+    mask = prompts.clone()
+    mask[0, : 100 * padded] = 0
+    with offloaded(path, model, context=256, tokens=64) as run:
+        allocated = peak_of_allocations(lambda: chunk_by_chunk(model, prompts, mask))
+    assert allocated <= run.plan.caches + run.plan.activations
+
+
+def chunk_by_chunk(model, prompts, mask):
+    kept: Any = hf.DynamicCache(config=model.config)
+    with torch.no_grad():
+        for end in range(32, prompts.shape[1] + 1, 32):
+            model(prompts[:, end - 32 : end], attention_mask=mask[:, :end], past_key_values=kept, use_cache=True)
+
+
+def peak_of_allocations(work) -> int:
+    """Bytes of tensors, and of what torch's kernels allocate beside them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    events: Any = profiled.profiler
+    changes = [event for event in events.kineto_results.events() if event.name() == "[memory]"]
+    ordered = sorted(changes, key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in ordered))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "falcon 40b", "gemma2", "gpt neox"])

@@ -122,7 +122,7 @@ def survey_blocks(
     block_width = max(widths[part] for part in parts if part.startswith("mid"))
     model = Model(
         tuple(units), (), tuple(kept), kept_nbytes, gathered_nbytes, stored_nbytes, dtype, converted, vocab_size,
-        hidden_size, max(block_width + _scores(module, context), vocab_size),
+        hidden_size, max(block_width + _scores(module, context, dtype), vocab_size),
     )  # fmt: skip
     return Survey(model, sliced, called, whole, tuple(gathered), max(whole_nbytes.values()) + called_nbytes, dtypes)
 
@@ -158,23 +158,47 @@ def cache_nbytes(module: nn.Module, rows: int, context: int, dtype: torch.dtype)
     A hybrid or latent cache is smaller, so this is then more than it takes.
     """
     config = _text_config(module)
+    _, key_heads, width = _heads(config)
+    return 2 * key_heads * width * rows * context * dtype.itemsize * getattr(config, "num_hidden_layers", 0)
+
+
+def copied_nbytes(module: nn.Module, rows: int, context: int, dtype: torch.dtype) -> int:
+    """What attention copies of the keys and values of one layer, for a while.
+
+    A cache grows by `cat`: the longer keys, or values, are there beside the shorter ones. Where several heads share a key,
+    both are repeated for each head, as transformers does it wherever there is a mask and more than one token.
+    """
+    heads, key_heads, width = _heads(_text_config(module))
+    repeated = 2 * heads if heads > key_heads else 0
+    return (key_heads + repeated) * width * rows * context * dtype.itemsize
+
+
+def _heads(config: Any) -> tuple[int, int, int]:
+    """Query heads, heads of keys and values, and what a key or value has in each; 0 where the config does not say."""
     heads = getattr(config, "num_attention_heads", None)
     if not heads:
-        return 0
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    heads = getattr(config, "num_key_value_heads", None) or heads
-    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
-        heads = 1
-    return 2 * heads * width * config.num_hidden_layers * rows * context * dtype.itemsize
+        return 0, 0, 0
+    key_heads = 1 if _multi_query(config) else getattr(config, "num_key_value_heads", None) or heads
+    return heads, key_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
-def _scores(module: nn.Module, context: int) -> int:
-    """Elements per token of attention scores, and of a mask for each head, for a model that holds all of them at once."""
+def _multi_query(config: Any) -> bool:
+    """Whether it is a Falcon of which all heads share one key."""
+    return bool(getattr(config, "multi_query", False)) and not getattr(config, "new_decoder_architecture", False)
+
+
+def _scores(module: nn.Module, context: int, dtype: torch.dtype) -> int:
+    """Elements per token of attention scores, and of a mask for each head, for a model that holds all of them at once.
+
+    Two in fp32 and four in the computing dtype are more than was seen of any model that computes them one by one; torch,
+    too, does so for a key that is shared without being repeated.
+    """
     config = _text_config(module)
-    eager = getattr(config, "_attn_implementation", None) == "eager"
+    eager = getattr(config, "_attn_implementation", None) == "eager" or _multi_query(config)
     alibi = bool(getattr(config, "alibi", False))  # Falcon's goes into the mask, which is then one of each row and head
-    held = 6 * eager + alibi
-    return -(-held * context * getattr(config, "num_attention_heads", 0) // 2)  # the plan counts a width twice
+    held = (4 * dtype.itemsize + 2 * 4) * eager + dtype.itemsize * alibi
+    nbytes = held * context * getattr(config, "num_attention_heads", 0)
+    return -(-nbytes // (2 * dtype.itemsize))  # the plan counts a width twice
 
 
 def _routed(module: nn.Module) -> int:

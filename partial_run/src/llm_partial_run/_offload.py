@@ -17,7 +17,7 @@ from ._absent import Absent
 from ._block_weights import BlockWeights, refuse_gradients
 from ._blocks import find_blocks, parts_of, places
 from ._buffers import computed_buffers
-from ._kinds import Survey, cache_nbytes, survey_blocks
+from ._kinds import Survey, cache_nbytes, copied_nbytes, survey_blocks
 from ._memory import available, measured_runtime, parse_bytes
 from ._plan import Plan, decide
 from ._run import DEFAULT_SHARE, MARGIN, SLACK, Stats
@@ -164,6 +164,7 @@ class Offload:
             else parse_bytes(runtime)
         )
         caches = cache_nbytes(self.module, rows, context, model.dtype) if cache is None else parse_bytes(cache)
+        caches += copied_nbytes(self.module, rows, context, model.dtype)
         alone = max((unit.nbytes for unit in model.units), default=0)  # a slice that is read out of turn
         decided = decide(
             model,
