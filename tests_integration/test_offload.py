@@ -406,19 +406,21 @@ def test_a_missing_expert_is_named(tmp_path):
 PROGRAM = r"""
 import re, sys, torch, llm_partial_run, llm_sepweight
 from transformers import AutoConfig, AutoModelForCausalLM
-path, more = sys.argv[1], int(sys.argv[2])
+path, more, context, chunk = sys.argv[1], *map(int, sys.argv[2:])
 with torch.device("meta"):
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).eval()
 weights = llm_sepweight.open(path, layout=llm_partial_run.layout_from_module(model))
-budget = dict(rows=2, context=192)
+budget = dict(rows=2, context=context, tokens=2 * (chunk or context))
 try:
     llm_partial_run.offload(model, weights, memory=1, **budget)
 except llm_partial_run.BudgetError as error:
     memory = error.smallest + more
 with llm_partial_run.offload(model, weights, memory=memory, **budget) as run:
-    prompts = torch.randint(0, 4096, (2, 180))
-    model(prompts)
-    model.generate(prompts, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    prompts = torch.randint(0, 4096, (2, context - 12))
+    how = dict(prefill_chunk_size=chunk) if chunk else {}
+    if not chunk:
+        model(prompts)
+    model.generate(prompts, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0, **how)
 peak = re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]  # not that of whoever started it
 print(memory, int(peak) * 1024, run.plan.streamed, run.plan.resident)
 """
@@ -448,11 +450,32 @@ print(memory, int(peak) * 1024, run.plan.streamed, run.plan.resident)
     ids=["llama", "gpt2", "mixtral", "falcon rw"],
 )  # fmt: skip
 def test_the_process_stays_within_its_memory(config, more, tmp_path):
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    assert_stays_within_memory(config, tmp_path, more, 192, 0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        hf.LlamaConfig(hidden_size=512, intermediate_size=8192, num_hidden_layers=3, num_attention_heads=32,
+                       num_key_value_heads=2, head_dim=128, vocab_size=4096),
+        hf.FalconConfig(hidden_size=1024, num_hidden_layers=4, num_attention_heads=16, vocab_size=4096),
+    ],
+    ids=["llama", "falcon 7b"],
+)  # fmt: skip
+def test_the_process_stays_within_its_memory_when_a_long_prompt_comes_in_chunks(config, tmp_path):
+    assert_stays_within_memory(config, tmp_path, 16 << 20, 3072, 512)
+
+
+def assert_stays_within_memory(config, path, more, context, chunk):
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, tmp_path, str(more)], capture_output=True, text=True, timeout=170
+        [sys.executable, "-c", PROGRAM, path, *map(str, (more, context, chunk))],
+        capture_output=True,
+        text=True,
+        timeout=170,
     )
     assert done.returncode == 0, done.stderr
     memory, peak, streamed, resident_bytes = map(int, done.stdout.split())
+    print(f"{memory - peak} bytes below the {memory} allowed")
     assert streamed > resident_bytes > 0
     assert peak <= memory, f"{peak - memory} bytes over"

@@ -25,7 +25,10 @@ from ._stores import as_store, read_rate
 from ._tied import Tied
 from ._weights import Progress, bound
 
-FOREIGN = 16 << 20  # what a module's own code imports and allocates when it is called for the first time
+# What a module's own code imports and allocates when it is called for the first time. Measured as the growth of the
+# resident set with models too small to count, 12 architectures of transformers 5.23: 6 to 9 MiB in a first call, 7 to 10
+# in `generate`, 12 to 17 with beams.
+FOREIGN = 20 << 20
 
 
 def offload(
