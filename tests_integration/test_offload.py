@@ -196,18 +196,20 @@ def test_bfloat16_is_no_farther_from_fp32_than_transformers_is(name, tmp_path):
     assert (ours - expected).abs().mean() <= (expected - truth).abs().mean()
 
 
+ROUTED: dict[str, Any] = LLAMA | dict(
+    num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, first_k_dense_replace=1,
+    head_dim=8, experts_implementation="eager",
+)  # fmt: skip
+LATENT: dict[str, Any] = dict(
+    n_group=2, topk_group=1, n_shared_experts=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+    v_head_dim=8,
+)  # fmt: skip
+T5: dict[str, Any] = dict(d_model=32, d_kv=8, d_ff=48, num_layers=4, num_heads=4, decoder_start_token_id=0, **VOCAB)
 KEPT_IN_FP32: dict[str, Any] = {
-    "deepseek v3": hf.DeepseekV3Config(
-        **LLAMA | dict(num_key_value_heads=4), n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=24,
-        first_k_dense_replace=1, n_shared_experts=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
-        qk_nope_head_dim=8, v_head_dim=8, experts_implementation="eager",
-    ),
-    "glm4 moe": hf.Glm4MoeConfig(
-        **LLAMA, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, first_k_dense_replace=1, head_dim=8,
-        experts_implementation="eager",
-    ),
-    "t5": hf.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=4, num_heads=4, decoder_start_token_id=0, **VOCAB),
-}  # fmt: skip
+    "deepseek v3": hf.DeepseekV3Config(**ROUTED | LATENT),
+    "glm4 moe": hf.Glm4MoeConfig(**ROUTED),
+    "t5": hf.T5Config(**T5),
+}
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -242,23 +244,39 @@ def test_whole_blocks_give_the_same_tokens(config, tmp_path):
         assert torch.equal(model.generate(PROMPTS, max_new_tokens=8, **GENERATE), expected)
 
 
-def test_beams_and_samples_are_unchanged(tmp_path):
-    path = save(CONFIGS["gpt2"], tmp_path)
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": dict(),
+    "beams": dict(num_beams=3),
+    "several beams of each": dict(num_beams=3, num_return_sequences=2),
+    "samples": dict(do_sample=True),
+    "several samples of each": dict(do_sample=True, num_return_sequences=3, temperature=0.7),
+    "a static cache": dict(cache_implementation="static"),
+    "no cache": dict(use_cache=False),
+    "a prompt in chunks": dict(prefill_chunk_size=2),
+    "scores and hidden states": dict(output_scores=True, output_hidden_states=True),
+}
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("name", ["llama", "llama tied", "gpt2", "gemma2", "falcon 40b", "mixtral"])
+def test_every_way_to_generate_is_unchanged(name, how, tmp_path):
+    path = save(CONFIGS[name], tmp_path)
     theirs, model = resident(path), on_meta(path)
-    beams = GENERATE | dict(num_beams=3, num_return_sequences=2)
-    expected = theirs.generate(PROMPTS, max_new_tokens=6, **beams)
-    torch.manual_seed(5)
-    sampled = theirs.generate(PROMPTS, max_new_tokens=6, **(GENERATE | dict(do_sample=True)))
-    with offloaded(path, model, smallest(path, model, rows=6), rows=6):
-        assert torch.equal(model.generate(PROMPTS, max_new_tokens=6, **beams), expected)
+    settings = GENERATE | dict(attention_mask=MASK, max_new_tokens=6) | WAYS[how]
+
+    def generate(generator):
         torch.manual_seed(5)
-        assert torch.equal(model.generate(PROMPTS, max_new_tokens=6, **(GENERATE | dict(do_sample=True))), sampled)
+        return generator.generate(PROMPTS, **settings)
+
+    expected = generate(theirs)
+    with offloaded(path, model, smallest(path, model, rows=6), rows=6) as run:
+        for _ in range(2):
+            assert torch.equal(generate(model), expected)
+        assert run.stats.passes >= 12
 
 
 def test_of_an_encoder_and_a_decoder_the_larger_is_streamed_and_the_other_serves_as_it_is(tmp_path):
-    config = hf.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=4, num_heads=4, **VOCAB)
-    config.decoder_start_token_id = 0
-    theirs: Any = hf.AutoModelForSeq2SeqLM.from_config(config).eval()
+    theirs: Any = hf.AutoModelForSeq2SeqLM.from_config(hf.T5Config(**T5)).eval()
     theirs.save_pretrained(tmp_path)
     model = on_meta(tmp_path, hf.AutoModelForSeq2SeqLM)
     expected = theirs.generate(PROMPTS, max_new_tokens=8, do_sample=False)
