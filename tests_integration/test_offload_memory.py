@@ -1,0 +1,140 @@
+"""Models of transformers under a memory budget: what the plan counts, and what a process takes."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from transformers import AutoModelForCausalLM
+
+from llm_partial_run import _kinds
+from offloading import CONFIGS, offloaded, on_meta, resident, save
+
+pytestmark = pytest.mark.usefixtures("small_slices")
+
+
+def test_the_plan_counts_the_keys_and_values_that_the_model_keeps(checkpoint):
+    theirs = resident(checkpoint)
+    with torch.no_grad():
+        kept = theirs(torch.ones(2, 40, dtype=torch.long), use_cache=True).past_key_values
+    nbytes = sum(tensor.nbytes for layer in kept.layers for tensor in (layer.keys, layer.values))
+    counted = _kinds.cache_nbytes(on_meta(checkpoint), 2, 40, torch.float32)
+    windowed = bool(getattr(theirs.config, "sliding_window", None))
+    assert nbytes <= counted if windowed else nbytes == counted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_plan_counts_what_is_allocated_when_a_long_prompt_comes_in_chunks(name, padded, dtype, tmp_path):
+    config = copy.deepcopy(CONFIGS[name])
+    config.max_position_embeddings = config.n_positions = config.max_seq_len = 256  # whatever the model calls it
+    path = save(config, tmp_path, dtype)
+    model = on_meta(path)
+    prompts = torch.ones(2, 256, dtype=torch.long)
+    mask = prompts.clone()
+    mask[0, : 100 * padded] = 0
+    with offloaded(path, model, context=256, tokens=64) as run:
+        allocated = peak_of_allocations(lambda: chunk_by_chunk(model, prompts, mask))
+    assert allocated <= run.plan.caches + run.plan.activations
+
+
+def chunk_by_chunk(model, prompts, mask):
+    kept: Any = hf.DynamicCache(config=model.config)
+    with torch.no_grad():
+        for end in range(32, prompts.shape[1] + 1, 32):
+            model(prompts[:, end - 32 : end], attention_mask=mask[:, :end], past_key_values=kept, use_cache=True)
+
+
+def peak_of_allocations(work) -> int:
+    """Bytes of tensors, and of what torch's kernels allocate beside them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    events: Any = profiled.profiler
+    changes = [event for event in events.kineto_results.events() if event.name() == "[memory]"]
+    ordered = sorted(changes, key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in ordered))
+
+
+PROGRAM = r"""
+import re, sys, torch, llm_partial_run, llm_sepweight
+from transformers import AutoConfig, AutoModelForCausalLM
+path, more, context, chunk = sys.argv[1], *map(int, sys.argv[2:])
+with torch.device("meta"):
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).eval()
+weights = llm_sepweight.open(path, layout=llm_partial_run.layout_from_module(model))
+budget = dict(rows=2, context=context, tokens=2 * (chunk or context))
+try:
+    llm_partial_run.offload(model, weights, memory=1, **budget)
+except llm_partial_run.BudgetError as error:
+    memory = error.smallest + more
+with llm_partial_run.offload(model, weights, memory=memory, **budget) as run:
+    prompts = torch.randint(0, 4096, (2, context - 12))
+    how = dict(prefill_chunk_size=chunk) if chunk else {}
+    if not chunk:
+        model(prompts)
+    model.generate(prompts, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0, **how)
+peak = re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]  # not that of whoever started it
+print(memory, int(peak) * 1024, run.plan.streamed, run.plan.resident)
+"""
+
+
+@pytest.mark.parametrize(
+    ("config", "more"),
+    [
+        (hf.LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=6, num_attention_heads=8,
+                        num_key_value_heads=8, vocab_size=4096), 64 << 20),
+        (hf.GPT2Config(n_embd=1024, n_layer=6, n_head=8, vocab_size=4096), 0),
+        (
+            hf.MixtralConfig(
+                hidden_size=512,
+                intermediate_size=1024,
+                num_hidden_layers=6,
+                num_attention_heads=8,
+                num_key_value_heads=8,
+                num_local_experts=8,
+                vocab_size=4096,
+            ),
+            20 << 20,
+        ),
+        (hf.FalconConfig(hidden_size=1024, num_hidden_layers=6, num_attention_heads=1024, vocab_size=4096, alibi=True,
+                         bias=True, multi_query=False, parallel_attn=False), 4 << 20),
+    ],
+    ids=["llama", "gpt2", "mixtral", "falcon rw"],
+)  # fmt: skip
+def test_the_process_stays_within_its_memory(config, more, tmp_path):
+    assert_stays_within_memory(config, tmp_path, more, 192, 0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        hf.LlamaConfig(hidden_size=512, intermediate_size=8192, num_hidden_layers=3, num_attention_heads=32,
+                       num_key_value_heads=2, head_dim=128, vocab_size=4096),
+        hf.FalconConfig(hidden_size=1024, num_hidden_layers=4, num_attention_heads=16, vocab_size=4096),
+    ],
+    ids=["llama", "falcon 7b"],
+)  # fmt: skip
+def test_the_process_stays_within_its_memory_when_a_long_prompt_comes_in_chunks(config, tmp_path):
+    assert_stays_within_memory(config, tmp_path, 16 << 20, 3072, 512)
+
+
+def assert_stays_within_memory(config, path, more, context, chunk):
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, path, *map(str, (more, context, chunk))],
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
+    assert done.returncode == 0, done.stderr
+    memory, peak, streamed, resident_bytes = map(int, done.stdout.split())
+    print(f"{memory - peak} bytes below the {memory} allowed")
+    assert streamed > resident_bytes > 0
+    assert peak <= memory, f"{peak - memory} bytes over"
