@@ -141,10 +141,10 @@ class FileSystemRemote(Remote):
 
     def __init__(self, url: str, *, timeout: float, retries: int) -> None:
         super().__init__(shown(url), timeout=timeout, retries=retries)
-        import fsspec
+        from fsspec.core import url_to_fs
 
         try:
-            self._files, self._root = fsspec.url_to_fs(url)
+            self._files, self._root = url_to_fs(url)
         except ValueError as error:
             remedy = "Sources are http(s)://, hf://owner/name, s3://, file:// or a path."
             raise WeightError(f"this is no source: {error}", file=self.name, remedy=remedy) from error
