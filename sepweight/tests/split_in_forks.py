@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 import signal
 import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import llm_sepweight
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import conftest
 
 CHANGES = ("pwrite", "fsync", "replace", "unlink", "truncate", "mkdir")
@@ -51,8 +51,11 @@ def split(order: dict[str, Any], report: int) -> int:
 
         return call
 
+    of_paths = getattr(pathlib, "_NormalAccessor", None)  # in Python 3.10 paths have these functions from here
     for name in CHANGES:
         setattr(os, name, counted(getattr(os, name)))
+        if hasattr(of_paths, name):
+            setattr(of_paths, name, staticmethod(getattr(os, name)))
     try:
         llm_sepweight.split(order["source"], order["destination"], layout=conftest._layout, in_place=order["in_place"])
     except BaseException as error:

@@ -175,14 +175,18 @@ def test_rows_that_are_not_there_are_refused(checkpoint, layout, ids):
         weights.rows("begin", "embed.weight", ids)
 
 
-def test_every_dtype_is_read(tmp_path):
+@pytest.mark.parametrize("name", [name for name in DTYPES if name != "F8_E8M0"])
+def test_every_dtype_is_read(tmp_path, name):
     raw = torch.arange(48, dtype=torch.uint8).reshape(6, 8) % 2
-    tensors = {name: raw.clone().view(dtype) for name, dtype in DTYPES.items() if name != "F8_E8M0"}
-    save_file(tensors, tmp_path / "model.safetensors")
+    tensor = raw.clone().view(DTYPES[name])
+    try:
+        save_file({"a": tensor}, tmp_path / "model.safetensors")
+    except KeyError:
+        pytest.skip("this safetensors does not write it")
     with llm_sepweight.open(tmp_path, at_end) as weights:
-        for name, found in weights.load("end").items():
-            assert found.dtype == tensors[name].dtype
-            assert torch.equal(found.contiguous().view(torch.uint8), raw)
+        found = weights.load("end")["a"]
+        assert found.dtype == tensor.dtype
+        assert torch.equal(found.contiguous().view(torch.uint8), raw)
 
 
 def test_a_tensor_that_lies_askew_in_the_file_is_copied_to_aligned_memory(tmp_path):
