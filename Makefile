@@ -8,11 +8,12 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help demo test test-harness check bench bench-sepweight bench-peers clean
+.PHONY: help demo test test-lowest test-harness check bench bench-sepweight bench-peers clean
 
 help:
 	@echo 'make demo         answer a question with the embedded model, within a budget smaller than its weights'
 	@echo 'make test         each package alone in a fresh environment, then all of them together'
+	@echo 'make test-lowest  each package with the oldest Python and dependencies that it declares (5 GB, 10 minutes)'
 	@echo 'make test-harness install lm-evaluation-harness (600 MB) and hold the scores against it'
 	@echo 'make check        lint, format, types'
 	@echo 'make bench        measure; make bench ARGS=--help says what'
@@ -26,6 +27,9 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python tests_integration/isolation.py $(PACKAGES)
 	$(BIN)/pytest --doctest-modules tests_integration demo/facts.py
+
+test-lowest: .venv/ready
+	$(BIN)/python tests_integration/lowest.py $(PACKAGES) $(ARGS)
 
 test-harness: .venv/ready
 	$(BIN)/python -m pip install --quiet 'lm_eval>=0.4.9'
@@ -46,7 +50,7 @@ bench-peers: .venv/ready
 	$(BIN)/python bench/peers.py $(ARGS)
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis */.hypothesis */dist
+	rm -rf .venv .venv-lowest .pytest_cache .ruff_cache .hypothesis */.hypothesis */dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/ready: pyproject.toml constraints.txt $(PACKAGES:%=%/pyproject.toml)
