@@ -1,4 +1,4 @@
-"""The stream of slices, the prefixes, and reading sizes."""
+"""The stream of slices, and the prefixes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_partial_run import available, format_bytes, parse_bytes
-from llm_partial_run._memory import measured_runtime, peak_resident_set, resident_set
 from llm_partial_run._prefixes import Prefixes
 from llm_partial_run._stream import Stream
 from llm_partial_run._units import Unit
@@ -116,19 +114,3 @@ def test_the_longest_prefix_is_the_one_that_comparing_every_row_finds(writes, pr
         longest,
         {i for i in range(3) if common(rows[i]) == longest} if longest else set(),
     )
-
-
-def test_sizes_are_read_as_people_write_them():
-    assert parse_bytes("4GiB") == parse_bytes("4 gib") == 4 << 30
-    assert parse_bytes("1.5GB") == 1_500_000_000
-    assert parse_bytes(123) == parse_bytes("123") == 123
-    assert format_bytes(3 << 30) == "3.00 GiB"
-    for wrong in ("4 apples", "", "-1GiB", "GiB"):
-        with pytest.raises(ValueError, match="is no size"):
-            parse_bytes(wrong)
-
-
-def test_memory_in_use_is_within_its_peak_and_what_is_available():
-    assert 50 << 20 < resident_set() <= peak_resident_set() + (4 << 20)  # the kernel counts both with a delay
-    assert resident_set() < available()
-    assert measured_runtime(1 << 40, torch.float32) >= resident_set() - (8 << 20)

@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -63,14 +64,12 @@ def measured_runtime(memory: int, dtype: torch.dtype) -> int:
     F.scaled_dot_product_attention(q, q, q, is_causal=True)
     for rows in (x[:1], x):
         torch.softmax(F.silu(F.linear(rows, torch.ones(64, 64, dtype=dtype))).float(), dim=-1).cumsum(-1)
-    group = _own_cgroup()
-    if group is None:
-        return resident_set()
-    directory, limit_file, usage_file = group
-    alone = (directory / "cgroup.procs").read_text().split() == [str(os.getpid())]
-    limit = _number(directory / limit_file)
-    counted = alone and (limit is None or limit > memory)
-    return max(resident_set(), (_number(directory / usage_file) or 0) if counted else 0)
+    for group in _cgroups()[:1]:
+        limit, usage = group.limit, group.usage
+        alone = usage is not None and (group.directory / "cgroup.procs").read_text().split() == [str(os.getpid())]
+        if usage is not None and alone and (limit is None or limit > memory):
+            return max(resident_set(), usage)
+    return resident_set()
 
 
 def available() -> int:
@@ -81,36 +80,53 @@ def available() -> int:
     except (FileNotFoundError, IndexError):
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     limits = [own + free]
-    group = _own_cgroup()
-    if group is not None:
-        directory, limit_file, usage_file = group
-        while directory.is_relative_to(_CGROUPS) and directory != _CGROUPS:
-            limit, used = _number(directory / limit_file), _number(directory / usage_file)
-            if limit is not None and used is not None:
-                evictable = _page_cache(directory / "memory.stat")
-                limits.append(own + max(0, limit - max(own, used - evictable)))
-            directory = directory.parent
+    for group in _cgroups():
+        if group.limit is not None and group.usage is not None:
+            evictable = _page_cache(group.directory / "memory.stat")
+            limits.append(own + max(0, group.limit - max(own, group.usage - evictable)))
     return min(limits)
 
 
-def _own_cgroup() -> tuple[Path, str, str] | None:
-    """The directory of this process's memory cgroup and its files for limit and usage, version 1 or 2."""
+@dataclass(frozen=True)
+class _Cgroup:
+    directory: Path
+    limits: tuple[str, ...]  # its files; in version 2 a process above memory.high is slowed down until it is below
+    used: str
+
+    @property
+    def limit(self) -> int | None:
+        """Bytes; None where there is no limit, as in the root of all groups."""
+        return min((n for name in self.limits if (n := _number(self.directory / name)) is not None), default=None)
+
+    @property
+    def usage(self) -> int | None:
+        """Bytes, page cache counted; None where this group does not count memory, but one above may."""
+        return _number(self.directory / self.used)
+
+
+def _cgroups() -> list[_Cgroup]:
+    """This process's memory cgroup, version 1 or 2, and those above it: each limits what is below it."""
     try:
         lines = (_PROC / "cgroup").read_text().splitlines()
     except FileNotFoundError:
-        return None
-    for line in sorted(lines, key=lambda line: ":memory:" not in line):
+        return []
+    for line in sorted(
+        lines, key=lambda line: ":memory:" not in line
+    ):  # beside version 1, version 2 may do other things
         _, controllers, path = line.split(":", 2)
         if "memory" in controllers.split(","):
-            root, names = _CGROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            root, limits, used = _CGROUPS / "memory", ("memory.limit_in_bytes",), "memory.usage_in_bytes"
         elif not controllers:
-            root, names = _CGROUPS, ("memory.max", "memory.current")
+            root, limits, used = _CGROUPS, ("memory.max", "memory.high"), "memory.current"
         else:
             continue
-        for directory in (root / path.lstrip("/"), root):  # inside a container the host's path is not there
-            if (directory / names[1]).exists():
-                return directory, *names
-    return None
+        own = root / path.lstrip("/")
+        if not own.is_dir():  # inside a container the host's path is not there, and the root is the container's group
+            own = root
+        groups = [_Cgroup(at, limits, used) for at in (own, *own.parents) if at.is_relative_to(root)]
+        if any((group.directory / used).exists() for group in groups):
+            return groups
+    return []
 
 
 def _page_cache(stat: Path) -> int:
