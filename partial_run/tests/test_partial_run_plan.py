@@ -74,9 +74,17 @@ def test_a_large_vocabulary_is_not_held_in_the_ring():
 
 
 @pytest.mark.parametrize("name", ["rows", "context", "tokens", "micro_batch"])
-def test_a_count_below_one_is_refused_by_name(toy, name):
-    with pytest.raises(ValueError, match=f"{name}=0 has to be 1 or more"):
-        plan(toy.parts(), toy.store, **{name: 0})
+@pytest.mark.parametrize("count", [0, -3, 1.5, "x"])
+def test_a_count_that_is_none_is_refused_by_name(toy, name, count):
+    with pytest.raises(ValueError, match=f"{name}={count!r} has to be 1 or more, a whole number"):
+        plan(toy.parts(), toy.store, **{name: count})
+
+
+@pytest.mark.parametrize("name", ["memory", "runtime", "device_memory"])
+@pytest.mark.parametrize("size", [-1, "4 gigs", "-1GiB", 1.5, True, float("nan")])
+def test_a_size_that_is_none_is_refused_by_name(toy, name, size):
+    with pytest.raises(ValueError, match=f"{name}={size!r} is no size: write it like '4GiB'"):
+        plan(toy.parts(), toy.store, **({"memory": "1GiB"} | {name: size}))
 
 
 def test_device_memory_is_filled_first_then_pinned_memory_then_disk():

@@ -17,17 +17,17 @@ _PROC = Path("/proc/self")
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
-def parse_bytes(size: int | str) -> int:
-    """Bytes in `"4GiB"`, `"1.5 GB"`, `"800MiB"` or a plain number of bytes.
+def parse_bytes(size: int | str, name: str = "size") -> int:
+    """Bytes in `"4GiB"`, `"1.5 GB"`, `"800MiB"` or a plain number of bytes; an error calls what it is about by `name`.
 
     >>> parse_bytes("4GiB"), parse_bytes("1.5 GB"), parse_bytes(4096)
     (4294967296, 1500000000, 4096)
     """
-    if isinstance(size, int) and not isinstance(size, bool):
+    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
         return size
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", str(size).lower())
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", size.lower()) if isinstance(size, str) else None
     if not found or found[2] not in _UNITS:
-        raise ValueError(f"{size!r} is no size: write it like '4GiB', '800MiB' or a number of bytes")
+        raise ValueError(f"{name}={size!r} is no size: write it like '4GiB', '800MiB' or a number of bytes")
     return int(float(found[1]) * _UNITS[found[2]])
 
 

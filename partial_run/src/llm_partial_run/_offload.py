@@ -160,13 +160,13 @@ class Offload:
         model = survey.model
         if device_memory is None and self._device.type == "cuda":
             device_memory = int(torch.cuda.mem_get_info(self._device)[0] * DEFAULT_SHARE)
-        allowed = int(available() * DEFAULT_SHARE) if memory is None else parse_bytes(memory)
+        allowed = int(available() * DEFAULT_SHARE) if memory is None else parse_bytes(memory, "memory")
         counted = (
             measured_runtime(allowed, model.dtype) + MARGIN + FOREIGN + allowed // 512
             if runtime is None
-            else parse_bytes(runtime)
+            else parse_bytes(runtime, "runtime")
         )
-        caches = cache_nbytes(self.module, rows, context, model.dtype) if cache is None else parse_bytes(cache)
+        caches = cache_nbytes(self.module, rows, context, model.dtype) if cache is None else parse_bytes(cache, "cache")
         caches += copied_nbytes(self.module, rows, context, model.dtype)
         alone = max((unit.nbytes for unit in model.units), default=0)  # a slice that is read out of turn
         decided = decide(
@@ -181,7 +181,7 @@ class Offload:
             cache_nbytes=caches,
             cache_part_nbytes=caches,  # they are the module's own: they cannot go to disk
             transient=survey.whole_nbytes + alone + getattr(store, "transient_nbytes", 0),
-            device_memory=0 if device_memory is None else parse_bytes(device_memory),
+            device_memory=0 if device_memory is None else parse_bytes(device_memory, "device_memory"),
         )
         streamed = [unit for unit in model.units if unit not in decided.resident_units | decided.device_units]
         return replace(decided, read_rate=read_rate(store, streamed)) if streamed else decided

@@ -67,17 +67,17 @@ def plan(
     :raises BudgetError: where `memory` is too small; its `smallest` is the number of bytes that works.
     """
     for name, count in (("rows", rows), ("context", context), ("tokens", tokens), ("micro_batch", micro_batch)):
-        if count is not None and count < 1:
-            raise ValueError(f"{name}={count} has to be 1 or more")
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise ValueError(f"{name}={count!r} has to be 1 or more, a whole number")
     store, device = as_store(weights, parts), torch.device(device)
     model = survey(parts, store, dtype)
     if device_memory is None and device.type == "cuda":
         device_memory = int(torch.cuda.mem_get_info(device)[0] * DEFAULT_SHARE)
-    allowed = int(available() * DEFAULT_SHARE) if memory is None else parse_bytes(memory)
+    allowed = int(available() * DEFAULT_SHARE) if memory is None else parse_bytes(memory, "memory")
     if runtime is None:
         counted = measured_runtime(allowed, model.dtype) + MARGIN + allowed // 512 + rows * context * INDEX
     else:
-        counted = parse_bytes(runtime)
+        counted = parse_bytes(runtime, "runtime")
     per_layer = [
         sum(t.nbytes for t in module.new_cache(rows, context + 1, dtype=model.dtype, device="meta"))  # pyright: ignore
         for module in parts.values()
@@ -95,7 +95,7 @@ def plan(
         cache_nbytes=sum(per_layer),
         cache_part_nbytes=max(per_layer, default=0) + rows * mmap.PAGESIZE * 4,
         transient=getattr(store, "transient_nbytes", 0),
-        device_memory=0 if device_memory is None else parse_bytes(device_memory),
+        device_memory=0 if device_memory is None else parse_bytes(device_memory, "device_memory"),
     )
     streamed = [
         unit for unit in model.units + model.experts if unit not in decided.resident_units | decided.device_units
