@@ -338,9 +338,21 @@ def test_caches_on_a_disk_without_direct_access_give_the_same_bits_and_are_count
     assert read[0] == read[1] > 20 * 3 * 2 * 4096  # layers, rows, keys and values, a page at least
 
 
-def test_caches_do_not_go_to_a_file_system_that_is_memory(toy):
-    with run_of(toy, smallest(toy), spill="/dev/shm") as run, pytest.raises(ValueError, match="is memory, not disk"):
-        last(run, PROMPTS)
+@pytest.mark.parametrize(
+    ("spill", "message"),
+    [
+        ("/dev/shm", "/dev/shm is memory, not disk: give spill="),
+        ("/there/is/nothing", "spill='/there/is/nothing' is no directory"),
+        ("/proc/self", r"no file can be made in /proc/self .*give spill="),
+    ],
+)
+def test_a_directory_that_cannot_have_the_caches_is_refused_before_anything_is_loaded(toy, spill, message):
+    least = smallest(toy)
+    plan(toy.parts(), toy.store, memory=least, **BUDGET)
+    measured = toy.store.reads  # of the disk's speed
+    with pytest.raises((ValueError, OSError), match=message):
+        run_of(toy, least, spill=spill)
+    assert toy.store.reads == 2 * measured
 
 
 def test_a_layer_with_one_large_and_many_small_matrices_is_held_whole(toy, monkeypatch):
@@ -461,3 +473,54 @@ def test_a_device_converts_what_it_gets_from_pinned_memory(toy):
 def test_a_long_row_without_a_cache_is_refused(toy):
     with run_of(toy, "1GiB", micro_batch=5) as run, pytest.raises(ValueError, match="give caches"):
         run(torch.zeros(1, 6, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("x", "given", "message"),
+    [
+        (
+            [[1, 2]],
+            dict(positions=[[15, 16]]),
+            r"mid.00000: caches of 2 rows and 16 slots are too few.*slot 16.*new_caches",
+        ),
+        ([[1, 2]], dict(positions=[[0, 1]], slots=[[0, 99]]), "slot 99"),
+        ([[1, 2]], dict(positions=[[0, -1]]), "a position or slot is -1"),
+        ([[1]] * 3, dict(positions=[[0]] * 3), "too few for 3 rows"),
+        ([[1]], dict(positions=[[3]], mask=[[[True] * 17]]), "slot 16"),
+        ([[1, 2]], dict(positions=[[0]]), r"positions= has the shape \[1, 1\], and has to have \[1, 2\]"),
+        ([[1, 2]], dict(positions=[0, 1]), r"positions= has the shape \[2\]"),
+        ([[1, 2]], dict(slots=[[0, 1, 2]]), r"slots= has the shape \[1, 3\]"),
+        (
+            [[1, 2]],
+            dict(mask=[[True, True]]),
+            r"mask= has the shape \[1, 2\], and has to have \[1, 2, 'slots in use'\]",
+        ),
+        ([1, 2], {}, r"input_ids have to be integers \[rows, tokens\]"),
+    ],
+)
+def test_what_the_caches_have_no_place_for_is_refused_before_anything_is_read(toy, x, given, message):
+    with run_of(toy, "1GiB") as run:
+        caches, before = run.new_caches(2, 16), toy.store.reads
+        with pytest.raises(ValueError, match=message):
+            run(torch.tensor(x), caches=caches, **{name: torch.tensor(value) for name, value in given.items()})
+        assert (run.stats.passes, toy.store.reads) == (0, before)
+
+
+def test_caches_of_another_model_are_refused(toy, tmp_path):
+    with run_of(toy, smallest(toy), spill=tmp_path) as run:
+        caches: dict[str, Any] = dict(run.new_caches())
+        for wrong in ((), caches["mid.00003"][:1], tuple(t.double() for t in caches["mid.00003"])):
+            with pytest.raises(
+                ValueError, match=r"mid.00003: its caches are \[.*have to be \['\[rows, slots, 32\] float32'"
+            ):
+                run(torch.tensor([[1]]), caches=caches | {"mid.00003": wrong})
+        with pytest.raises(ValueError, match="too few for 4 rows and slot 0"):
+            run(torch.zeros(4, 1, dtype=torch.long), caches=run.planned_caches())
+
+
+def test_hidden_states_are_what_parts_without_a_begin_take(toy):
+    layers = {part: module for part, module in toy.parts().items() if part.startswith("mid")}
+    with PartialRun(layers, toy.store, memory="1GiB", **BUDGET) as run:
+        for wrong in (torch.tensor([[1, 2]]), torch.zeros(2, 32), torch.zeros(1, 0, 32)):
+            with pytest.raises(ValueError, match="x has to be hidden states"):
+                run(wrong)

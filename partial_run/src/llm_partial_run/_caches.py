@@ -47,6 +47,10 @@ class SpilledCaches:
         self.bytes_read = 0
         self._file, self._direct = _unlinked(directory, self._layer_nbytes * len(layers))
 
+    def like(self, part: str) -> tuple[Tensor, ...]:
+        """Tensors [rows, slots, ...] as those of the part; none where it has no caches here."""
+        return self._tensors if part in self._index else ()
+
     def read(self, part: str, rows: range, kv_len: int, *, fresh: bool) -> tuple[Tensor, ...]:
         """The caches of a layer, with the slots up to `kv_len` of `rows`; nothing is read where the prefill is `fresh`."""
         if not fresh:
@@ -118,6 +122,39 @@ class SpilledCaches:
         return pieces
 
 
+def check_caches(caches: Caches | SpilledCaches, like: Caches, rows: int, slots: Tensor, kv_len: int) -> None:
+    """Refuse caches that have no place for what a pass writes to `slots` of that many rows, and reads up to `kv_len`.
+
+    :param like: caches of one row and slot, on meta, of each part that has any.
+    """
+    low, high = int(slots.min()), max(int(slots.max()), kv_len - 1)
+    if low < 0:
+        raise ValueError(f"a position or slot is {low}: they count from 0")
+    for part, expected in like.items():
+        found = caches.like(part) if isinstance(caches, SpilledCaches) else caches.get(part, ())
+        if [(t.dtype, t.shape[2:]) for t in found] != [(t.dtype, t.shape[2:]) for t in expected]:
+            raise ValueError(
+                f"{part}: its caches are {[_shown(t) for t in found]}, and have to be "
+                f"{[_shown(t, '[rows, slots') for t in expected]}: make them with new_caches()"
+            )
+        for tensor in found:
+            if tensor.shape[0] < rows or tensor.shape[1] <= high:
+                raise ValueError(
+                    f"{part}: caches of {tensor.shape[0]} rows and {tensor.shape[1]} slots are too few for {rows} rows and "
+                    f"slot {high}, the last that is used: make them with new_caches(rows={rows}, slots={high + 1}) or more"
+                )
+
+
+def check_directory(directory: Any, nbytes: int) -> None:
+    """Raise where caches of that size cannot go to this directory: as long as nothing is loaded."""
+    os.close(_unlinked(directory, nbytes)[0])
+
+
+def _shown(tensor: Tensor, start: str = "") -> str:
+    shape = f"{start}{''.join(f', {n}' for n in tensor.shape[2:])}]" if start else str(list(tensor.shape))
+    return f"{shape} {str(tensor.dtype).removeprefix('torch.')}"
+
+
 def _in_memory(directory: Any) -> bool:
     """Whether the directory is on a file system that is itself memory."""
     mounts = Path("/proc/mounts").read_text().splitlines() if os.path.exists("/proc/mounts") else []
@@ -134,7 +171,13 @@ def _unlinked(directory: Any, nbytes: int) -> tuple[int, bool]:
         raise ValueError(
             f"{directory} is memory, not disk: give spill= a directory on a disk, or a smaller rows= or context="
         )
-    number, path = tempfile.mkstemp(prefix="llm_partial_run-caches-", dir=directory)
+    try:
+        number, path = tempfile.mkstemp(prefix="llm_partial_run-caches-", dir=directory)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"no file can be made in {directory} ({error.strerror}) for keys and values: give spill= a directory on a "
+            "disk, or a smaller rows= or context="
+        ) from error  # fmt: skip
     os.close(number)
     try:
         try:

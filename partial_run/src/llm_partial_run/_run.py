@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._caches import Caches, SpilledCaches
+from ._caches import Caches, SpilledCaches, check_caches, check_directory
 from ._forward import Forward
 from ._memory import available, format_bytes, measured_runtime, parse_bytes
 from ._plan import Plan, decide
@@ -149,7 +149,16 @@ class PartialRun:
         )  # fmt: skip
         self._model = survey(parts, self._store, dtype)
         self._progress = progress
+        if spill is not None and not os.path.isdir(spill):
+            raise ValueError(f"spill={str(spill)!r} is no directory: make it, or name one that is there, on a disk")
         self._spill = spill or (SPILL if os.path.isdir(SPILL) else tempfile.gettempdir())
+        if self.plan.spilled:
+            check_directory(self._spill, self.plan.spilled)
+        self._cache_like: Caches = {
+            part: module.new_cache(1, 1, dtype=self.plan.dtype, device="meta")  # pyright: ignore
+            for part, module in self.parts.items()
+            if hasattr(module, "new_cache")
+        }
         self._lock = threading.RLock()
         self._forward: Forward | None = None
         self._closed = False
@@ -175,14 +184,12 @@ class PartialRun:
         :param kv_len: a bound on the cache slots in use. :param mask: [B, T, kv_len], for draft trees.
         :returns: logits [B, T, V] where the parts have an end, else hidden states [B, T, D].
         """
-        if positions is None:
-            positions = torch.arange(x.shape[1]).expand(x.shape[:2])
         return self.run_pass(x, positions, caches, slots=slots, kv_len=kv_len, mask=mask)
 
     def run_pass(
         self,
         x: Tensor,
-        positions: Tensor,
+        positions: Tensor | None,
         caches: Caches | SpilledCaches | None,
         *,
         slots: Tensor | None = None,
@@ -196,14 +203,15 @@ class PartialRun:
         `before_end` picks what of the hidden states goes into the end; where it gives None, the end is left out.
         """
         self._check_open()
+        self._check_shapes(x, positions, slots, mask)
         rows, length = x.shape[:2]
+        if positions is None:
+            positions = torch.arange(length).expand(rows, length)
         if rows * length > self.plan.tokens:
             raise ValueError(
                 f"{rows} rows of {length} tokens are more than the {self.plan.tokens} that a pass is planned for: "
                 "pass fewer at a time, or give PartialRun a larger tokens="
             )
-        if "begin" in self.parts:
-            self.check_ids(x)
         if length > self.plan.micro_batch and (caches is None or mask is not None):
             raise ValueError(
                 f"a row of {length} tokens without a cache, or with a mask, goes through a layer at once, and {self.plan.micro_batch} "
@@ -213,6 +221,8 @@ class PartialRun:
             kv_len = mask.shape[-1]
         elif caches is not None:
             kv_len = _bound(positions, kv_len)
+        if caches is not None:
+            check_caches(caches, self._cache_like, first_row + rows, positions if slots is None else slots, kv_len or 0)
         if "end" in self.parts and before_end is None:
             self.check_logits(rows * length)
         with self._lock, one_pass_at_a_time, torch.inference_mode():
@@ -364,6 +374,17 @@ class PartialRun:
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("this run is closed: use it within its `with` block")
+
+    def _check_shapes(self, x: Tensor, positions: Tensor | None, slots: Tensor | None, mask: Tensor | None) -> None:
+        if "begin" in self.parts:
+            self.check_ids(x)
+        elif x.dim() != 3 or not x.is_floating_point() or not x.numel():
+            raise ValueError(f"x has to be hidden states [rows, tokens, width], as the parts have no begin; got {x.dtype} "
+                             f"{list(x.shape)}")  # fmt: skip
+        for name, given, dims in (("positions", positions, 2), ("slots", slots, 2), ("mask", mask, 3)):
+            if given is not None and (given.dim() != dims or given.shape[:2] != x.shape[:2]):
+                wanted = [*x.shape[:2], *["slots in use"] * (dims - 2)]
+                raise ValueError(f"{name}= has the shape {list(given.shape)}, and has to have {wanted}")
 
     def check_logits(self, positions: int) -> None:
         """Refuse more logits than the plan has memory for; they are there twice while they are put together."""
