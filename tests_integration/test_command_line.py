@@ -85,6 +85,39 @@ def test_an_empty_prompt_is_refused():
     assert "prompt is empty" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--temperature", "-1"), "temperature"),
+        (("--top-p", "1.5"), "top_p"),
+        (("--top-k", "-3"), "top_k"),
+        (("--max-new-tokens", "-2"), "max_new_tokens"),
+        (("--max-new-tokens", "8", "--context", "9"), "--context 9 is less"),
+        (("--tokens", "0"), "tokens=0"),
+        (("--memory", "4 gigs"), "memory='4 gigs' is no size"),
+        (("--memory", "-1"), "memory='-1' is no size"),
+    ],
+)
+def test_a_wrong_setting_is_refused_before_anything_is_loaded(arguments, message):
+    done = command("generate", MODEL, "--prompt", PROMPT, "--memory", "1GiB", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1  # no plan: nothing was loaded
+    assert message in done.stderr
+
+
+def test_a_prompt_beyond_the_vocabulary_is_refused_before_anything_is_loaded(model):
+    text = (model / "tokenizer.json").read_text()
+    tokenizer = json.loads(text)
+    tokenizer["added_tokens"].append({"id": 99999, "content": "<far>", "single_word": False, "lstrip": False, "rstrip": False,
+                                      "normalized": False, "special": True})  # fmt: skip
+    tokenizer["model"]["vocab"]["<far>"] = 99999
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    done = command("generate", model, "--prompt", "A<far>", "--memory", "1GiB")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert "99999" in done.stderr
+
+
 def test_an_interrupt_ends_the_command_at_once_and_without_a_traceback():
     line = [sys.executable, "-u", "-m", "llm_partial_run.cli", "generate", str(MODEL), "--prompt", PROMPT]
     line += ["--memory", "1GiB", "--max-new-tokens", "20000", "--temperature", "100", "--seed", "1"]

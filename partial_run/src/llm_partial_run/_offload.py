@@ -98,8 +98,9 @@ class Offload:
         runtime: int | str | None,
         progress: Progress | None,
     ):
-        if rows < 1 or context < 1:
-            raise ValueError(f"rows={rows} and context={context} have to be 1 or more")
+        for name, count in (("rows", rows), ("context", context), ("tokens", tokens)):
+            if count is not None and (not isinstance(count, int) or count < 1):
+                raise ValueError(f"{name}={count!r} has to be 1 or more, a whole number")
         if any(isinstance(parameter, Absent) for parameter in module.parameters()):
             raise ValueError(f"this {type(module).__name__} is offloaded already: close that first")
         _check_mode(module)

@@ -104,30 +104,33 @@ def _generate(arguments: argparse.Namespace) -> int:
     prompt = tokenizer.encode(text).ids
     if not prompt:
         raise ValueError("the prompt is empty: give --prompt at least one token")
-    context = len(prompt) + arguments.max_new_tokens if arguments.context is None else arguments.context
-    if context < len(prompt) + arguments.max_new_tokens:
-        raise ValueError(
-            f"--context {context} is less than the prompt's {len(prompt)} tokens and --max-new-tokens "
-            f"{arguments.max_new_tokens} together"
-        )
     with Opened(arguments.model_dir) as (family, weights):
         config = family.Config.from_hf(weights.config)
-        stop_ids = _stop_ids(arguments.model_dir, config)
+        settings = {
+            "max_new_tokens": arguments.max_new_tokens,
+            "temperature": arguments.temperature,
+            "top_k": arguments.top_k,
+            "top_p": arguments.top_p,
+            "seed": arguments.seed,
+            "stop_ids": _stop_ids(arguments.model_dir, config),
+            "vocab_size": config.vocab_size,
+        }
+        sampler.sample(
+            _nothing_loaded, [prompt], **settings
+        )  # refuses what is wrong; runs nothing before its first step
+        needed = len(prompt) + arguments.max_new_tokens
+        context = needed if arguments.context is None else arguments.context
+        if context < needed:
+            raise ValueError(
+                f"--context {context} is less than the prompt's {len(prompt)} tokens and --max-new-tokens "
+                f"{arguments.max_new_tokens} together"
+            )
         budget = _budget(arguments, context)
         start = time.perf_counter()
         with Bar() as progress, PartialRun(family.parts(config), weights, **budget, progress=progress) as run:
             loaded = time.perf_counter()
             print(run.plan, file=sys.stderr)
-            steps = sampler.sample(
-                run.forward,
-                [prompt],
-                max_new_tokens=arguments.max_new_tokens,
-                temperature=arguments.temperature,
-                top_k=arguments.top_k,
-                top_p=arguments.top_p,
-                seed=arguments.seed,
-                stop_ids=stop_ids,
-            )
+            steps = sampler.sample(run.forward, [prompt], **settings)
             times: list[float] = []
             pieces: list[str] = []
             for piece in sampler.stream_text(_clocked(steps, times, progress), tokenizer.decode):
@@ -147,6 +150,10 @@ def _generate(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _nothing_loaded(_: Any) -> Any:
+    raise RuntimeError("a token was asked for before anything was loaded")
 
 
 def _facts(run: PartialRun, prompt: list[int], times: list[float], start: float, loaded: float) -> dict[str, Any]:
