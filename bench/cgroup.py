@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+PROC = Path("/proc/self")
 HOW_TO_BE_ALLOWED = "run as root, or in a shell started by `systemd-run --user --scope -p Delegate=yes`"
 
 
@@ -138,10 +139,10 @@ def _group(limit: int) -> Iterator[_Group]:
 def _parent() -> tuple[Path, int]:
     """The directory below which a group can be made, and the version of cgroups there."""
     own: dict[str, str] = {}  # controllers -> path; version 2 has the empty name
-    for line in _lines("/proc/self/cgroup"):
+    for line in _lines(PROC / "cgroup"):
         _, controllers, path = line.split(":", 2)
         own.update({name: path for name in controllers.split(",")})
-    for line in _lines("/proc/self/mountinfo"):
+    for line in _lines(PROC / "mountinfo"):
         fields, _, system = line.partition(" - ")
         root, mount = fields.split()[3:5]
         kind, _, options = system.split(" ", 2)
@@ -165,9 +166,9 @@ def _below(mount: str, root: str, path: str) -> Path:
     return Path(mount + inside) if inside != "/" else Path(mount)
 
 
-def _lines(path: str) -> list[str]:
+def _lines(path: Path) -> list[str]:
     try:
-        return Path(path).read_text().splitlines()
+        return path.read_text().splitlines()
     except OSError as error:
         raise NotPermittedError(f"{path}: {error.strerror}") from error
 
