@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llm_partial_run import BudgetError, plan
+from llm_partial_run import BudgetError, PartialRun, plan
 from llm_partial_run._plan import decide
 from llm_partial_run._units import Model, Unit
 
@@ -49,6 +49,31 @@ def test_the_smallest_budget_works_and_one_byte_less_does_not():
     assert decide(MODEL, memory=smallest, runtime=300 * MIB).smallest == smallest
     with pytest.raises(BudgetError, match="too small"):
         decide(MODEL, memory=smallest - 1, runtime=300 * MIB)
+
+
+@pytest.mark.parametrize("runtime", [300 * MIB, 300 * MIB + 17, 200_000 * MIB + 511])
+def test_the_smallest_budget_does_not_depend_on_the_one_that_was_asked_for(runtime):
+    with pytest.raises(BudgetError) as refused:
+        decide(MODEL, memory=0, runtime=runtime, page_tables=True)
+    smallest = refused.value.smallest
+    for memory in (smallest, smallest + 1, 4 * smallest):
+        plan = decide(MODEL, memory=memory, runtime=runtime, page_tables=True)
+        assert plan.smallest == smallest
+        assert plan.runtime == runtime + memory // 512
+    with pytest.raises(BudgetError, match="too small"):
+        decide(MODEL, memory=smallest - 1, runtime=runtime, page_tables=True)
+
+
+def test_the_smallest_budget_of_the_default_works_and_is_the_one_that_an_error_names(toy):
+    smallest = plan(toy.parts(), toy.store).smallest
+    with pytest.raises(BudgetError) as refused:
+        plan(toy.parts(), toy.store, memory=1)
+    assert abs(smallest - refused.value.smallest) <= 2 * MIB  # what the process has in use moves a little
+    with PartialRun(toy.parts(), toy.store, memory=smallest) as run:
+        assert run.plan.memory == smallest
+        assert run.forward(torch.tensor([[1, 2, 3]])).shape == (1, 3, 96)
+    with pytest.raises(BudgetError):
+        plan(toy.parts(), toy.store, memory=smallest - 16 * MIB)
 
 
 def test_caches_count_and_go_to_disk_only_where_they_do_not_fit():

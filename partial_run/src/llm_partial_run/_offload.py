@@ -163,7 +163,7 @@ class Offload:
             device_memory = int(torch.cuda.mem_get_info(self._device)[0] * DEFAULT_SHARE)
         allowed = int(available() * DEFAULT_SHARE) if memory is None else parse_bytes(memory, "memory")
         counted = (
-            measured_runtime(allowed, model.dtype) + MARGIN + FOREIGN + allowed // 512
+            measured_runtime(allowed, model.dtype) + MARGIN + FOREIGN
             if runtime is None
             else parse_bytes(runtime, "runtime")
         )
@@ -175,6 +175,7 @@ class Offload:
             memory=allowed,
             runtime=counted,
             slack=SLACK if runtime is None else 0,
+            page_tables=runtime is None,
             rows=rows,
             context=context,
             tokens=tokens,

@@ -13,6 +13,7 @@ from ._units import Model, Unit
 
 READERS = 4  # reads in flight: what disks need to be busy while one of them has just ended
 AHEAD = READERS + 5  # slots of the ring: those being read, and as many more as the computation may stand still for
+PAGE_TABLES = 512  # bytes of memory to one of page tables: 8 for each 4 KiB
 MICRO_BATCH = 128  # tokens that go through a layer at once: enough for matrix kernels, little beside the weights
 
 
@@ -118,6 +119,7 @@ def decide(
     transient: int = 0,
     device_memory: int = 0,
     slack: int = 0,
+    page_tables: bool = False,
     read_rate: float | None = None,
 ) -> Plan:
     """The plan for a surveyed model: pure, the same answer for the same numbers.
@@ -126,6 +128,7 @@ def decide(
     nothing; the best is a fixed set that stays, spread evenly so that computing it hides the reading of the others.
 
     :param runtime: bytes in use before anything is loaded, and the margin for what no formula counts.
+    :param page_tables: count what they take of `memory` beside that, whatever it is.
     :param slack: added to the smallest that is named, since another process's runtime differs by a little.
     :param tokens: tokens that one pass may compute, of the rows * context that there can be. More than go through a layer
         at once hold the layer's streamed slices in the ring until all have passed, so that each is read once. Default:
@@ -167,8 +170,12 @@ def decide(
         cache_nbytes = cache_part_nbytes = 0
     left = [unit for unit in units if unit not in on_device]
 
+    least_runtime = runtime
+    runtime += memory // PAGE_TABLES if page_tables else 0
     floor = runtime + model.kept_nbytes + activations + transient + min(least, everything)
-    smallest = floor + min(cache_nbytes, cache_part_nbytes)
+    smallest = least_runtime + floor - runtime + min(cache_nbytes, cache_part_nbytes)
+    if page_tables:  # the least m with m - m // PAGE_TABLES >= smallest
+        smallest += (smallest - 1) // (PAGE_TABLES - 1)
     if slack:
         smallest = -(-(smallest + slack) // 2**20) * 2**20
     if memory < floor + min(cache_nbytes, cache_part_nbytes):

@@ -75,7 +75,7 @@ def plan(
         device_memory = int(torch.cuda.mem_get_info(device)[0] * DEFAULT_SHARE)
     allowed = int(available() * DEFAULT_SHARE) if memory is None else parse_bytes(memory, "memory")
     if runtime is None:
-        counted = measured_runtime(allowed, model.dtype) + MARGIN + allowed // 512 + rows * context * INDEX
+        counted = measured_runtime(allowed, model.dtype) + MARGIN + rows * context * INDEX
     else:
         counted = parse_bytes(runtime, "runtime")
     per_layer = [
@@ -88,6 +88,7 @@ def plan(
         memory=allowed,
         runtime=counted,
         slack=SLACK if runtime is None else 0,
+        page_tables=runtime is None,
         rows=rows,
         context=context,
         tokens=tokens,
