@@ -22,7 +22,7 @@ from isolation import ROOT, import_name
 
 ENVIRONMENT = ROOT / ".venv-lowest"
 OLDEST = "python3.10"  # `requires-python` of all packages
-FOLDERS = {canonicalize_name(import_name(path.parent)): path.parent for path in ROOT.glob("*/pyproject.toml")}
+FOLDERS: dict[str, Path] = {canonicalize_name(import_name(path.parent)): path.parent for path in ROOT.glob("*/pyproject.toml")}
 COMPOSED = ["tests_integration/test_command_line.py", "tests_integration/test_readme.py"]
 
 
@@ -69,8 +69,8 @@ def passes(name: str) -> bool:
     if not run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", *editable):
         return False
     pytest = (python, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT, "-p", "no:cacheprovider")
-    alone = run(*pytest, "--doctest-modules", "src", "tests", cwd=FOLDERS[name])
-    return alone and (not siblings or run(*pytest, *COMPOSED))
+    alone = run(*pytest, "-q", "--doctest-modules", "src", "tests", cwd=FOLDERS[name])
+    return alone and (not siblings or run(*pytest, "-q", *COMPOSED))
 
 
 def lower_bounds(name: str, extras: Iterable[str]) -> tuple[list[str], list[str]]:
