@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 
@@ -69,6 +70,31 @@ def test_a_pass_left_in_the_middle_is_started_over():
     stream.rewind()
     assert [int(stream.take(unit)[0]) for unit in UNITS[:3]] == [0, 1, 2]
     stream.close()
+
+
+@pytest.mark.parametrize("slots", [2, 3, 7, 8, 20])
+def test_a_pass_leaves_out_what_is_not_wanted_of_it_and_the_next_has_all(slots):
+    seen = []
+
+    def count(unit, slot):
+        seen.append(unit)
+        return fill(unit, slot)
+
+    stream, dice = stream_of(count, slots), random.Random(slots)
+    for number in range(60):
+        wanted = dice.choice([7, 5, 3, 0])
+        left_out = stream.rewind(frozenset(UNITS[wanted:]))
+        if number % 7 == 3:  # a pass that fails before, or while, it takes anything
+            for unit in UNITS[: dice.choice([0, min(2, wanted)])]:
+                stream.take(unit)
+                stream.release()
+            continue
+        for unit in UNITS:
+            if unit not in left_out:
+                assert stream.take(unit).tolist() == [unit.start] * 8
+                stream.release()
+    stream.close()
+    assert slots > 7 or len(seen) < 60 * 7  # less than whole passes
 
 
 def test_the_wrong_unit_is_refused():

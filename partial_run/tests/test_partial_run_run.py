@@ -110,6 +110,35 @@ def test_prompts_longer_than_a_pass_go_in_several(toy):
     torch.testing.assert_close(logits[0], toy.resident_logits(prompt)[-8:], atol=2e-5, rtol=0)
 
 
+def test_passes_whose_logits_nobody_wants_do_not_read_the_end(toy, monkeypatch):
+    prompt, seen, read = [i * 7 % 96 for i in range(40)], [], toy.store.read
+    again = [*prompt[:20], 1, 2, 3, 4, 5, 6, 7]
+    budget: dict[str, Any] = dict(tokens=5, rows=1)
+    with run_of(toy, smallest(toy, **budget) + 200_000, **budget) as run:
+        monkeypatch.setattr(toy.store, "read", lambda part, *rest: seen.append(part) or read(part, *rest))
+        logits = [last(run, [prompt]), last(run, [again])]
+        assert (run.stats.passes, run.plan.spilled) == (8 + 2, 0)
+        embedded = 4 * 32 * sum(len(set(ids)) for ids in (*torch.tensor(prompt).split(5), again[20:25], again[25:]))
+        head = 4 * 32 * 96
+        assert run.stats.bytes_read == 10 * run.plan.streamed - 8 * head + embedded
+    assert seen.count("end") == 2
+    for found, ids in zip(logits, (prompt, again), strict=True):
+        torch.testing.assert_close(found[0, 0], toy.resident_logits(ids)[-1], atol=2e-5, rtol=0)
+
+
+def test_a_pass_without_the_end_that_fails_leaves_the_next_one_whole(toy, monkeypatch):
+    rows = toy.store.rows
+    with run_of(toy, smallest(toy, tokens=5), tokens=5) as run:
+        expected = last(run, [[5]])
+        monkeypatch.setattr(toy.store, "rows", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+        with pytest.raises(OSError, match="gone"):
+            last(run, [list(range(20))])  # begins without the end, and takes nothing
+        monkeypatch.setattr(toy.store, "rows", rows)
+        assert torch.equal(run(torch.tensor([[5]]), caches=run.new_caches()), expected)
+        logits = last(run, [list(range(20))])
+    torch.testing.assert_close(logits[0, 0], toy.resident_logits(list(range(20)))[-1], atol=2e-5, rtol=0)
+
+
 def test_micro_batches_share_one_read_of_each_layer(toy):
     rows = [[i * j % 96 for i in range(13)] for j in (3, 5, 7)]
     least = smallest(toy, micro_batch=5)

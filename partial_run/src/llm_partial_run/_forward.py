@@ -98,16 +98,13 @@ class Forward:
             positions = torch.where(beyond, 0, natural)
             slots = torch.where(beyond, plan.context, natural) if beyond.any() else None
             row, column = torch.where(~spare & (natural >= first_wanted))
-            last = at + step >= width
 
-            def collect(
-                x: Tensor, row: Tensor = row, column: Tensor = column, natural: Tensor = natural, last: bool = last
-            ) -> Tensor | None:
+            def collect(x: Tensor, row: Tensor = row, column: Tensor = column, natural: Tensor = natural) -> Tensor:
                 nonlocal wanted
                 if wanted is None:
                     wanted = x.new_zeros(rows, n, x.shape[-1])
                 wanted[row, (natural - first_wanted)[row, column]] = x[row, column]
-                return wanted if last else None
+                return wanted
 
             result = self._run.run_pass(
                 part,
@@ -116,6 +113,7 @@ class Forward:
                 slots=slots,
                 first_row=first_row,
                 before_end=collect,
+                with_end=at + step >= width,
             )
         assert result is not None
         return result

@@ -197,11 +197,12 @@ class PartialRun:
         kv_len: int | None = None,
         mask: Tensor | None = None,
         first_row: int = 0,
-        before_end: Callable[[Tensor], Tensor | None] | None = None,
+        before_end: Callable[[Tensor], Tensor] | None = None,
+        with_end: bool = True,
     ) -> Tensor:
         """As calling the run, with the caches' rows from `first_row` on.
 
-        `before_end` picks what of the hidden states goes into the end; where it gives None, the end is left out.
+        `before_end` picks what of the hidden states goes into the end. Without the end, it is neither read nor computed.
         """
         self._check_open()
         self._check_shapes(x, positions, slots, mask)
@@ -230,14 +231,14 @@ class PartialRun:
             self._check_open()
             start = time.perf_counter()
             waited, experts_read = self._weights.waited, self._weights.expert_bytes_read
-            self._weights.rewind()
+            left_out = self._weights.rewind(without=None if with_end else "end")
             x, positions = x.to(self.device), positions.to(self.device)
             for done, (part, module) in enumerate(self.parts.items()):
                 if self._progress is not None:
                     self._progress("pass", done, len(self.parts))
                 if part == "end" and before_end is not None:
                     wanted = before_end(x)
-                    if wanted is None:
+                    if not with_end:
                         self._weights.pass_over(part)
                         break
                     x, positions = wanted, positions[:, :1]
@@ -246,7 +247,7 @@ class PartialRun:
                 self._progress("pass", len(self.parts), len(self.parts))
             self.stats.passes += 1
             self.stats.tokens += rows * length
-            self.stats.bytes_read += self.plan.streamed + self._weights.expert_bytes_read - experts_read
+            self.stats.bytes_read += self.plan.streamed - left_out + self._weights.expert_bytes_read - experts_read
             self.stats.seconds_total += time.perf_counter() - start
             self.stats.seconds_waiting += self._weights.waited - waited
         return x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,6 +36,9 @@ class Stream:
         self._changed = threading.Condition()
         self._closed = False
         self._claimed = self._taken = self._released = 0  # units so far, over all passes
+        self._ahead: deque[Unit] = deque()  # to claim in the pass that is being read; the next one follows
+        self._due: deque[Unit] = deque()  # claimed, not yet taken
+        self._short_at = -1  # units taken when a pass last began without some of its units
         self._filled: dict[int, Tensor | BaseException] = {}
         self._in_use: dict[int, Any] = {}  # slot -> an event that has yet to happen before the slot is written again
         self._threads = [
@@ -46,7 +50,8 @@ class Stream:
 
     def take(self, unit: Unit) -> Tensor:
         """The tensor of the next unit, which has to be `unit`; waits until it is there."""
-        expected = self._units[self._taken % len(self._units)]
+        with self._changed:
+            expected = self._next()
         if unit != expected:
             raise RuntimeError(
                 f"{unit} was called where {expected} is next: a streamed module has to call its Linears once each, "
@@ -59,6 +64,7 @@ class Stream:
             if self._closed:
                 raise RuntimeError(f"the run was closed while {unit} was being read")
             result = self._filled.pop(self._taken)
+            self._due.popleft()
             self._taken += 1
         if isinstance(result, BaseException):
             raise result
@@ -71,19 +77,30 @@ class Stream:
             self._released += 1
             self._changed.notify_all()
 
-    def rewind(self) -> None:
-        """Start over with the first unit, where the last pass was left in the middle, or reading ahead has failed."""
+    def rewind(self, unwanted: frozenset[Unit] = frozenset()) -> frozenset[Unit]:
+        """Be at the start of a pass, also where the last one was left in the middle, or reading ahead has failed.
+
+        The pass leaves out those of the unwanted units whose reading has not begun, and returns them.
+        """
         with self._changed:
             failed = any(isinstance(result, BaseException) for result in self._filled.values())
-            if self._taken % len(self._units) == 0 and self._released == self._taken and not failed:
-                return
-            self._changed.wait_for(lambda: len(self._filled) == self._claimed - self._taken)
-            if self._source is not None:
-                self._source.rewind()
-            passes = -(-self._claimed // len(self._units))
-            self._claimed = self._taken = self._released = passes * len(self._units)
-            self._filled.clear()
-            self._changed.notify_all()
+            whole = self._next() == self._units[0] and self._released == self._taken != self._short_at
+            if failed or not whole:
+                self._changed.wait_for(lambda: len(self._filled) == len(self._due))
+                if self._source is not None:
+                    self._source.rewind()
+                self._taken = self._released = self._claimed
+                self._filled.clear()
+                self._due.clear()
+                self._ahead.clear()
+                self._changed.notify_all()
+            if not unwanted or self._source is not None or len(self._due) >= len(self._units):
+                return frozenset()
+            ahead = self._ahead or self._units
+            left_out = unwanted.intersection(ahead)
+            self._ahead = deque(unit for unit in ahead if unit not in left_out)
+            self._short_at = self._taken
+            return left_out
 
     def stop(self) -> None:
         """Read no more; whoever waits for a unit gets an error."""
@@ -99,6 +116,9 @@ class Stream:
         self._filled.clear()
         self._slots = ()
 
+    def _next(self) -> Unit:
+        return (self._due or self._ahead or self._units)[0]
+
     def _work(self) -> None:
         while True:
             with self._changed:
@@ -107,12 +127,16 @@ class Stream:
                     return
                 ticket = self._claimed
                 self._claimed += 1
+                if not self._ahead:
+                    self._ahead.extend(self._units)
+                unit = self._ahead.popleft()
+                self._due.append(unit)
                 slot = ticket % len(self._slots)
                 until = self._in_use.pop(slot, None)
             try:
                 if until is not None:
                     until.synchronize()
-                result = self._fill(self._units[ticket % len(self._units)], self._slots[slot])
+                result = self._fill(unit, self._slots[slot])
             except BaseException as error:  # raised where the unit is taken
                 result = error
             with self._changed:

@@ -43,6 +43,7 @@ class Weights:
         self._local = plan.device_units if plan.device_memory else plan.resident_units  # where the computation is
         self._kept: dict[Unit, Tensor] = {}
         self._held: dict[Unit, Tensor] | None = None
+        self._left_out: frozenset[Unit] = frozenset()  # of the pass
         self._disk: Stream | None = None
         self._stream: Stream | None = None  # what the Linears take from: the disk's, or the device's
         self._experts: Experts | None = None
@@ -68,13 +69,14 @@ class Weights:
         """Bytes of routed experts that were absent when they were wanted."""
         return 0 if self._experts is None else self._experts.bytes_read
 
-    def rewind(self) -> None:
-        """Be ready for a pass, also where the last one was left in the middle."""
+    def rewind(self, *, without: str | None = None) -> int:
+        """Be ready for a pass, also where the last one was left in the middle; bytes of the part `without` that it does not read."""
         self._held = None
-        if self._stream is not None:
-            self._stream.rewind()
+        unwanted = frozenset(unit for unit in self._model.units if unit.part == without and unit not in self._local)
+        self._left_out = frozenset() if self._stream is None else self._stream.rewind(unwanted)
         if self._experts is not None:
             self._experts.rewind()
+        return sum(unit.nbytes for unit in self._left_out)
 
     def hold(self) -> None:
         """Keep streamed slices until `let_go`: several micro-batches will use them."""
@@ -86,9 +88,9 @@ class Weights:
         self._held = None
 
     def pass_over(self, part: str) -> None:
-        """Keep the streams in step where a part is not computed."""
+        """Keep the streams in step where a part is not computed, and was being read already."""
         for unit in self._model.units:
-            if unit.part == part and unit not in self._local:
+            if unit.part == part and unit not in self._local | self._left_out:
                 self._take(unit)
                 self._release()
 
