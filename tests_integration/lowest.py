@@ -22,7 +22,9 @@ from isolation import ROOT, import_name
 
 ENVIRONMENT = ROOT / ".venv-lowest"
 OLDEST = "python3.10"  # `requires-python` of all packages
-FOLDERS: dict[str, Path] = {canonicalize_name(import_name(path.parent)): path.parent for path in ROOT.glob("*/pyproject.toml")}
+FOLDERS: dict[str, Path] = {
+    canonicalize_name(import_name(path.parent)): path.parent for path in ROOT.glob("*/pyproject.toml")
+}
 COMPOSED = ["tests_integration/test_command_line.py", "tests_integration/test_readme.py"]
 
 

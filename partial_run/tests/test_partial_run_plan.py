@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_the_smallest_budget_of_the_default_works_and_is_the_one_that_an_error_n
 
 
 def test_caches_count_and_go_to_disk_only_where_they_do_not_fit():
-    kwargs = dict(memory=2000 * MIB, runtime=300 * MIB, rows=8, cache_part_nbytes=100 * MIB)
+    kwargs: dict[str, Any] = dict(memory=2000 * MIB, runtime=300 * MIB, rows=8, cache_part_nbytes=100 * MIB)
     beside = decide(MODEL, cache_nbytes=500 * MIB, **kwargs)
     assert (beside.caches, beside.spilled) == (500 * MIB, 0)
     spilled = decide(MODEL, cache_nbytes=2000 * MIB, **kwargs)
@@ -101,15 +102,17 @@ def test_a_large_vocabulary_is_not_held_in_the_ring():
 @pytest.mark.parametrize("name", ["rows", "context", "tokens", "micro_batch"])
 @pytest.mark.parametrize("count", [0, -3, 1.5, "x"])
 def test_a_count_that_is_none_is_refused_by_name(toy, name, count):
+    wrong: dict[str, Any] = {name: count}
     with pytest.raises(ValueError, match=f"{name}={count!r} has to be 1 or more, a whole number"):
-        plan(toy.parts(), toy.store, **{name: count})
+        plan(toy.parts(), toy.store, **wrong)
 
 
 @pytest.mark.parametrize("name", ["memory", "runtime", "device_memory"])
 @pytest.mark.parametrize("size", [-1, "4 gigs", "-1GiB", 1.5, True, float("nan")])
 def test_a_size_that_is_none_is_refused_by_name(toy, name, size):
+    wrong: dict[str, Any] = {"memory": "1GiB"} | {name: size}
     with pytest.raises(ValueError, match=f"{name}={size!r} is no size: write it like '4GiB'"):
-        plan(toy.parts(), toy.store, **({"memory": "1GiB"} | {name: size}))
+        plan(toy.parts(), toy.store, **wrong)
 
 
 def test_device_memory_is_filled_first_then_pinned_memory_then_disk():

@@ -530,8 +530,9 @@ def test_a_long_row_without_a_cache_is_refused(toy):
 def test_what_the_caches_have_no_place_for_is_refused_before_anything_is_read(toy, x, given, message):
     with run_of(toy, "1GiB") as run:
         caches, before = run.new_caches(2, 16), toy.store.reads
+        tensors: dict[str, Any] = {name: torch.tensor(value) for name, value in given.items()}
         with pytest.raises(ValueError, match=message):
-            run(torch.tensor(x), caches=caches, **{name: torch.tensor(value) for name, value in given.items()})
+            run(torch.tensor(x), caches=caches, **tensors)
         assert (run.stats.passes, toy.store.reads) == (0, before)
 
 
