@@ -6,14 +6,14 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm_partial_run import _plan
+from llm_partial_run import BudgetError, PartialRun, _plan, plan
 
 torch.set_num_threads(1)  # the matrices are too small for more
 VOCAB, HIDDEN, LAYERS = 96, 32, 20
@@ -176,6 +176,23 @@ class Toy:
         """All parts, on meta."""
         with torch.device("meta"):
             return {"begin": Begin(), **{f"mid.{i:05d}": self.layer() for i in range(LAYERS)}, "end": End()}
+
+    BUDGET: ClassVar[dict[str, Any]] = dict(rows=3, context=40, tokens=48, runtime=0)  # without Python and torch
+
+    def run(self, memory: int | str, **changes: Any) -> PartialRun:
+        return PartialRun(self.parts(), self.store, memory=memory, **(self.BUDGET | changes))
+
+    def smallest(self, **changes: Any) -> int:
+        with pytest.raises(BudgetError) as refused:
+            plan(self.parts(), self.store, memory=1, **(self.BUDGET | changes))
+        return refused.value.smallest
+
+    @staticmethod
+    def last(run: PartialRun, prompts: list[list[int]], n: int = 1) -> Tensor:
+        """Logits [B, n, V] of the last positions of rows of different length."""
+        width = max(map(len, prompts))
+        ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts])
+        return run.forward.last_logits(ids, torch.tensor([len(prompt) for prompt in prompts]), n)
 
     def resident_logits(self, ids: list[int]) -> Tensor:
         """The model as plain modules: logits [T, V] of one row, each layer in full, with no engine."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._caches import SpilledCaches
+from ._checks import check_logits
 from ._prefixes import Prefixes
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Forward:
             logits than the plan has memory for.
         """
         self._run.check_ids(input_ids)
-        self._run.check_logits(len(input_ids) * n if n > 1 else 0)
+        check_logits(self._run.plan, len(input_ids) * n if n > 1 else 0, self._run.vocab_size)
         if lengths.shape != input_ids.shape[:1] or not ((lengths >= 1) & (lengths <= input_ids.shape[1])).all():
             raise ValueError(
                 f"lengths={lengths.tolist()} for input_ids {list(input_ids.shape)}: give one for each row, from 1 to "

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from ._absent import Absent
 from ._block_weights import BlockWeights, refuse_gradients
 from ._blocks import find_blocks, parts_of, places
+from ._budget import DEFAULT_SHARE, MARGIN, SLACK
 from ._buffers import computed_buffers
 from ._kinds import Survey, cache_nbytes, copied_nbytes, survey_blocks
 from ._memory import available, measured_runtime, parse_bytes
 from ._plan import Plan, decide
-from ._run import DEFAULT_SHARE, MARGIN, SLACK, Stats
+from ._run import Stats
 from ._stores import as_store, read_rate
 from ._tied import Tied
 from ._weights import Progress, bound

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._budget import plan
 from ._caches import Caches, SpilledCaches, check_caches, check_directory
+from ._checks import check_hidden_states, check_ids, check_length, check_logits, check_shapes
 from ._forward import Forward
-from ._memory import available, format_bytes, measured_runtime, parse_bytes
-from ._plan import Plan, decide
 from ._products import one_pass_at_a_time
-from ._stores import as_store, read_rate
+from ._stores import as_store
 from ._units import survey
 from ._weights import Progress, Weights, bound
 
-DEFAULT_SHARE = 0.9  # of what is free, where no `memory` is given
 SPILL = "/var/tmp"  # on a disk, where /tmp is often memory
-INDEX = 400  # bytes for each token whose prefix is known
-MARGIN = 32 << 20  # what no formula counts: heap, page tables, the kernels' scratch memory
-SLACK = 8 << 20  # between the runtimes of two processes that do the same
 
 
 @dataclass
@@ -46,62 +41,6 @@ class Stats:
     def seconds_else(self) -> float:
         """Rows of the embedding, caches on disk, and Python between the parts."""
         return self.seconds_total - self.seconds_waiting - self.seconds_computing
-
-
-def plan(
-    parts: Mapping[str, nn.Module],
-    weights: Any,
-    *,
-    memory: int | str | None = None,
-    rows: int = 1,
-    context: int = 2048,
-    tokens: int | None = None,
-    micro_batch: int | None = None,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-    device_memory: int | str | None = None,
-    runtime: int | str | None = None,
-) -> Plan:
-    """What `PartialRun` with the same arguments would do; reads no more than to measure the disk for a moment.
-
-    :raises BudgetError: where `memory` is too small; its `smallest` is the number of bytes that works.
-    """
-    for name, count in (("rows", rows), ("context", context), ("tokens", tokens), ("micro_batch", micro_batch)):
-        if count is not None and (not isinstance(count, int) or count < 1):
-            raise ValueError(f"{name}={count!r} has to be 1 or more, a whole number")
-    store, device = as_store(weights, parts), torch.device(device)
-    model = survey(parts, store, dtype)
-    if device_memory is None and device.type == "cuda":
-        device_memory = int(torch.cuda.mem_get_info(device)[0] * DEFAULT_SHARE)
-    allowed = int(available() * DEFAULT_SHARE) if memory is None else parse_bytes(memory, "memory")
-    if runtime is None:
-        counted = measured_runtime(allowed, model.dtype) + MARGIN + rows * context * INDEX
-    else:
-        counted = parse_bytes(runtime, "runtime")
-    per_layer = [
-        sum(t.nbytes for t in module.new_cache(rows, context + 1, dtype=model.dtype, device="meta"))  # pyright: ignore
-        for module in parts.values()
-        if hasattr(module, "new_cache")
-    ]
-    decided = decide(
-        model,
-        memory=allowed,
-        runtime=counted,
-        slack=SLACK if runtime is None else 0,
-        page_tables=runtime is None,
-        rows=rows,
-        context=context,
-        tokens=tokens,
-        micro_batch=micro_batch,
-        cache_nbytes=sum(per_layer),
-        cache_part_nbytes=max(per_layer, default=0) + rows * mmap.PAGESIZE * 4,
-        transient=getattr(store, "transient_nbytes", 0),
-        device_memory=0 if device_memory is None else parse_bytes(device_memory, "device_memory"),
-    )
-    streamed = [
-        unit for unit in model.units + model.experts if unit not in decided.resident_units | decided.device_units
-    ]
-    return replace(decided, read_rate=read_rate(store, streamed)) if streamed else decided
 
 
 class PartialRun:
@@ -205,20 +144,15 @@ class PartialRun:
         `before_end` picks what of the hidden states goes into the end. Without the end, it is neither read nor computed.
         """
         self._check_open()
-        self._check_shapes(x, positions, slots, mask)
+        if "begin" in self.parts:
+            self.check_ids(x)
+        else:
+            check_hidden_states(x)
+        check_shapes(x, positions, slots, mask)
         rows, length = x.shape[:2]
+        check_length(self.plan, rows, length, at_once=caches is None or mask is not None)
         if positions is None:
             positions = torch.arange(length).expand(rows, length)
-        if rows * length > self.plan.tokens:
-            raise ValueError(
-                f"{rows} rows of {length} tokens are more than the {self.plan.tokens} that a pass is planned for: "
-                "pass fewer at a time, or give PartialRun a larger tokens="
-            )
-        if length > self.plan.micro_batch and (caches is None or mask is not None):
-            raise ValueError(
-                f"a row of {length} tokens without a cache, or with a mask, goes through a layer at once, and {self.plan.micro_batch} "
-                "are planned for: give caches (new_caches), or PartialRun a larger micro_batch="
-            )
         if mask is not None:
             kv_len = mask.shape[-1]
         elif caches is not None:
@@ -226,7 +160,7 @@ class PartialRun:
         if caches is not None:
             check_caches(caches, self._cache_like, first_row + rows, positions if slots is None else slots, kv_len or 0)
         if "end" in self.parts and before_end is None:
-            self.check_logits(rows * length)
+            check_logits(self.plan, rows * length, self.vocab_size)
         with self._lock, one_pass_at_a_time, torch.inference_mode():
             self._check_open()
             start = time.perf_counter()
@@ -266,6 +200,12 @@ class PartialRun:
     def vocab_size(self) -> int:
         """Logits per position; 0 where the parts have no end."""
         return self._model.vocab_size
+
+    def check_ids(self, input_ids: Tensor) -> None:
+        """Raises ValueError where `input_ids` are no integers [B, T], or name a row that the embedding does not have."""
+        gathered = getattr(self.parts["begin"], "gathered", ())
+        rows = [self._store.tensors("begin")[name].shape[0] for name in gathered]
+        check_ids(input_ids, min(rows, default=None))
 
     def new_caches(self, rows: int | None = None, slots: int | None = None) -> Caches:
         """Keys and values for each layer, zeroed: part -> tensors [rows, slots, ...], written in place."""
@@ -376,38 +316,6 @@ class PartialRun:
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("this run is closed: use it within its `with` block")
-
-    def _check_shapes(self, x: Tensor, positions: Tensor | None, slots: Tensor | None, mask: Tensor | None) -> None:
-        if "begin" in self.parts:
-            self.check_ids(x)
-        elif x.dim() != 3 or not x.is_floating_point() or not x.numel():
-            raise ValueError(f"x has to be hidden states [rows, tokens, width], as the parts have no begin; got {x.dtype} "
-                             f"{list(x.shape)}")  # fmt: skip
-        for name, given, dims in (("positions", positions, 2), ("slots", slots, 2), ("mask", mask, 3)):
-            if given is not None and (given.dim() != dims or given.shape[:2] != x.shape[:2]):
-                wanted = [*x.shape[:2], *["slots in use"] * (dims - 2)]
-                raise ValueError(f"{name}= has the shape {list(given.shape)}, and has to have {wanted}")
-
-    def check_logits(self, positions: int) -> None:
-        """Refuse more logits than the plan has memory for; they are there twice while they are put together."""
-        nbytes = 2 * positions * self.vocab_size * self.plan.dtype.itemsize
-        room = self.plan.memory - self.plan.used + self.plan.activations
-        if positions > self.plan.rows and nbytes > room:
-            raise ValueError(
-                f"logits of {positions} positions take {format_bytes(nbytes)}, more than the {format_bytes(room)} that the "
-                "plan leaves: ask for fewer at a time"
-            )
-
-    def check_ids(self, input_ids: Tensor) -> None:
-        if input_ids.dim() != 2 or input_ids.is_floating_point() or not input_ids.numel():
-            raise ValueError(f"input_ids have to be integers [rows, tokens], at least one; got {input_ids.dtype} "
-                             f"{list(input_ids.shape)}")  # fmt: skip
-        for name in getattr(self.parts["begin"], "gathered", ()):
-            vocab = self._store.tensors("begin")[name].shape[0]
-            low, high = int(input_ids.min()), int(input_ids.max())
-            if low < 0 or high >= vocab:
-                raise ValueError(f"input_ids have the id {low if low < 0 else high}; the vocabulary has 0 to {vocab - 1}. "
-                                 "Is this the model's own tokenizer?")  # fmt: skip
 
 
 def _bound(positions: Tensor, kv_len: int | None) -> int:

@@ -1,0 +1,77 @@
+"""The memory that there is, measured, and the plan for it."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._memory import available, measured_runtime, parse_bytes
+from ._plan import Plan, decide
+from ._stores import as_store, read_rate
+from ._units import survey
+
+DEFAULT_SHARE = 0.9  # of what is free, where no `memory` is given
+INDEX = 400  # bytes for each token whose prefix is known
+MARGIN = 32 << 20  # what no formula counts: heap, the ends of slices in their pages, the kernels' scratch memory
+SLACK = 8 << 20  # between the runtimes of two processes that do the same
+
+
+def plan(
+    parts: Mapping[str, nn.Module],
+    weights: Any,
+    *,
+    memory: int | str | None = None,
+    rows: int = 1,
+    context: int = 2048,
+    tokens: int | None = None,
+    micro_batch: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    device_memory: int | str | None = None,
+    runtime: int | str | None = None,
+) -> Plan:
+    """What `PartialRun` with the same arguments would do; reads no more than to measure the disk for a moment.
+
+    :raises BudgetError: where `memory` is too small; its `smallest` is the number of bytes that works.
+    """
+    for name, count in (("rows", rows), ("context", context), ("tokens", tokens), ("micro_batch", micro_batch)):
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise ValueError(f"{name}={count!r} has to be 1 or more, a whole number")
+    store, device = as_store(weights, parts), torch.device(device)
+    model = survey(parts, store, dtype)
+    if device_memory is None and device.type == "cuda":
+        device_memory = int(torch.cuda.mem_get_info(device)[0] * DEFAULT_SHARE)
+    allowed = int(available() * DEFAULT_SHARE) if memory is None else parse_bytes(memory, "memory")
+    if runtime is None:
+        counted = measured_runtime(allowed, model.dtype) + MARGIN + rows * context * INDEX
+    else:
+        counted = parse_bytes(runtime, "runtime")
+    per_layer = [
+        sum(t.nbytes for t in module.new_cache(rows, context + 1, dtype=model.dtype, device="meta"))  # pyright: ignore
+        for module in parts.values()
+        if hasattr(module, "new_cache")
+    ]
+    decided = decide(
+        model,
+        memory=allowed,
+        runtime=counted,
+        slack=SLACK if runtime is None else 0,
+        page_tables=runtime is None,
+        rows=rows,
+        context=context,
+        tokens=tokens,
+        micro_batch=micro_batch,
+        cache_nbytes=sum(per_layer),
+        cache_part_nbytes=max(per_layer, default=0) + rows * mmap.PAGESIZE * 4,
+        transient=getattr(store, "transient_nbytes", 0),
+        device_memory=0 if device_memory is None else parse_bytes(device_memory, "device_memory"),
+    )
+    streamed = [
+        unit for unit in model.units + model.experts if unit not in decided.resident_units | decided.device_units
+    ]
+    return replace(decided, read_rate=read_rate(store, streamed)) if streamed else decided

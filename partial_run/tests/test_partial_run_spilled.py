@@ -1,0 +1,74 @@
+"""Keys and values that do not fit in memory, on disk: the same bits."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from llm_partial_run import SpilledCaches, plan
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3], [5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6]]
+
+
+def test_caches_that_do_not_fit_go_to_disk_with_the_same_bits(toy, tmp_path):
+    grown = [[*prompt, 7] for prompt in PROMPTS]
+    with toy.run("1GiB") as run:
+        expected = [toy.last(run, PROMPTS), toy.last(run, grown), toy.last(run, [grown[0] + [1], grown[0] + [2]])]
+    with toy.run(toy.smallest(), spill=tmp_path) as run:
+        assert run.plan.spilled
+        assert isinstance(run.planned_caches(), SpilledCaches)
+        assert torch.equal(toy.last(run, PROMPTS), expected[0])
+        assert torch.equal(toy.last(run, grown), expected[1])
+        assert torch.equal(toy.last(run, [grown[0] + [1], grown[0] + [2]]), expected[2])
+
+
+def test_a_row_that_idles_between_others_keeps_its_caches_on_disk(toy, tmp_path):
+    a, b, c = [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]
+    budget: dict[str, Any] = dict(
+        context=16
+    )  # so short that the spare slot, written by padding, shares a page with the rest
+    with toy.run(toy.smallest(**budget), spill=tmp_path, **budget) as run:
+        toy.last(run, [a, b, c])
+        toy.last(run, [[*b, 1]])
+        toy.last(run, [[20, 21], [22, 23]])  # in the rows around that of b
+        logits = toy.last(run, [[*b, 1, 2]])
+        assert run.plan.spilled
+    torch.testing.assert_close(logits[0, 0], toy.resident_logits([*b, 1, 2])[-1], atol=2e-5, rtol=0)
+
+
+def test_caches_on_a_disk_without_direct_access_give_the_same_bits_and_are_counted(toy, tmp_path, monkeypatch):
+    results, read, dropped = [], [], []
+    advise = os.posix_fadvise
+    monkeypatch.setattr(os, "posix_fadvise", lambda *args: dropped.append(args[-1]) or advise(*args))
+    for direct in (True, False):
+        if not direct:
+            assert dropped == []
+            monkeypatch.delattr(os, "O_DIRECT")
+        with toy.run(toy.smallest(), spill=tmp_path) as run:
+            toy.last(run, PROMPTS)
+            before = run.stats.bytes_read
+            results.append(toy.last(run, [[*prompt, 7] for prompt in PROMPTS]))
+            read.append(run.stats.bytes_read - before - run.plan.streamed)
+    assert torch.equal(*results)
+    assert set(dropped) == {os.POSIX_FADV_DONTNEED}  # what lay in the page cache
+    assert read[0] == read[1] > 20 * 3 * 2 * 4096  # layers, rows, keys and values, a page at least
+
+
+@pytest.mark.parametrize(
+    ("spill", "message"),
+    [
+        ("/dev/shm", "/dev/shm is memory, not disk: give spill="),
+        ("/there/is/nothing", "spill='/there/is/nothing' is no directory"),
+        ("/proc/self", r"no file can be made in /proc/self .*give spill="),
+    ],
+)
+def test_a_directory_that_cannot_have_the_caches_is_refused_before_anything_is_loaded(toy, spill, message):
+    least = toy.smallest()
+    plan(toy.parts(), toy.store, memory=least, **toy.BUDGET)
+    measured = toy.store.reads  # of the disk's speed
+    with pytest.raises((ValueError, OSError), match=message):
+        toy.run(least, spill=spill)
+    assert toy.store.reads == 2 * measured
