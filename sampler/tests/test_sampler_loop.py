@@ -323,43 +323,6 @@ def test_tensors_and_one_flat_row_are_taken_as_prompts() -> None:
         assert generate(Causal(), ids, max_new_tokens=4, seed=0) == want
 
 
-def test_numpys_arrays_and_scalars_are_taken_as_lists_and_numbers_are() -> None:
-    np = pytest.importorskip("numpy")
-    options: dict = {
-        "temperature": [0.5, 1.5],
-        "top_k": 5,
-        "stop_ids": [[1, 2], [3]],
-        "logit_bias": {3: 2.0, (1, 5): -4.0},
-        "bad_words_ids": [[4], [1, 2]],
-        "seed": [3, 4],
-        "max_new_tokens": [4, 6],
-        "vocab_size": VOCABULARY,
-    }
-    arrays: dict = {
-        "temperature": np.array([0.5, 1.5], dtype=np.float32),
-        "top_k": np.int64(5),
-        "stop_ids": [np.array([1, 2]), np.array([3])],
-        "logit_bias": {np.int64(3): np.float32(2), (np.int64(1), 5): -4.0},
-        "bad_words_ids": [np.array([4]), np.array([1, 2])],
-        "seed": np.array([3, 4]),
-        "max_new_tokens": np.array([4, 6]),
-        "vocab_size": np.int32(VOCABULARY),
-    }
-    want = generate(Causal(), [[1, 2], [3, 4]], **options)
-    for ids in (np.array([[1, 2], [3, 4]]), [np.array([1, 2]), np.array([3, 4])], [[np.int64(1), 2], [3, np.int8(4)]]):
-        assert generate(Causal(), ids, **arrays) == want
-    ragged = np.empty(2, dtype=object)
-    ragged[:] = [[1, 2], [3]]
-    assert generate(Causal(), ragged, max_new_tokens=2, seed=1) == generate(
-        Causal(), [[1, 2], [3]], max_new_tokens=2, seed=1
-    )
-    flat = generate(Causal(), [1, 2], max_new_tokens=2, seed=1)
-    for ids in (np.array([1, 2]), [np.int64(1), np.int64(2)], np.array([1, 2], dtype=np.int16)):
-        assert generate(Causal(), ids, max_new_tokens=2, seed=1) == flat
-    with pytest.raises(ValueError, match="row 0 holds torch.float64 values"):
-        generate(Causal(), np.array([[1.0]]), max_new_tokens=1)
-
-
 def test_all_public_names_are_there() -> None:
     assert all(hasattr(llm_sampler, name) for name in llm_sampler.__all__)
     assert list(itertools.islice(sample(Causal(), [[0]], max_new_tokens=2), 1))

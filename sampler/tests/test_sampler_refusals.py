@@ -225,8 +225,3 @@ def test_an_index_error_of_the_forward_names_row_position_and_id() -> None:
     next(steps)
     with pytest.raises(IndexError, match="step 1: .* given is 8, of row 0 at position 1"):
         next(steps)
-
-
-def test_logits_that_are_numpys_name_the_remedy() -> None:
-    with pytest.raises(ValueError, match=r"returned ndarray, .* wrap it as `lambda ids: torch.as_tensor\(model\("):
-        next(sample(lambda ids: flat_logits(ids).numpy(), [[1]], max_new_tokens=1))  # type: ignore[arg-type,return-value]

@@ -282,15 +282,3 @@ def test_pmi_is_minus_infinity_for_what_cannot_follow_and_refused_where_the_base
     assert (answer.index, answer.probabilities) == (0, (1.0, 0.0))
     with pytest.raises(ValueError, match="question 1: choices: row 2: pmi is not defined"):
         multiple_choice(forward, [[2], [1]], [[[2]], [[2], [3], [1]]], by="pmi", baseline=[0])
-
-
-def test_numpys_arrays_are_scored_as_lists_are() -> None:
-    np = pytest.importorskip("numpy")
-    after = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
-    forward = lambda ids: after[ids]  # noqa: E731
-    want = score(forward, [1, 2], [[3, 4], [2, 0]], end_id=0)
-    end: Any = np.int64(0)
-    assert score(forward, np.array([1, 2]), np.array([[3, 4], [2, 0]]), end_id=end) == want
-    assert score(forward, [np.int64(1), np.int64(2)], [[np.int64(3), 4], [2, 0]], end_id=0) == want
-    [both] = score(forward, np.array([[1, 2]]), [np.array([[3, 4], [2, 0]])], end_id=0)
-    assert both == want

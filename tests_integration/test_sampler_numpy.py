@@ -1,0 +1,68 @@
+"""The sampler takes numpy's arrays and scalars, which it does not depend on, as it takes lists and numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from llm_sampler import generate, sample, score
+
+AFTER = torch.randn(10, 10, generator=torch.Generator().manual_seed(0))
+
+
+def causal(ids: Tensor) -> Tensor:
+    return AFTER[ids]
+
+
+def test_numpys_arrays_and_scalars_are_taken_as_lists_and_numbers_are() -> None:
+    options: dict = {
+        "temperature": [0.5, 1.5],
+        "top_k": 5,
+        "stop_ids": [[1, 2], [3]],
+        "logit_bias": {3: 2.0, (1, 5): -4.0},
+        "bad_words_ids": [[4], [1, 2]],
+        "seed": [3, 4],
+        "max_new_tokens": [4, 6],
+        "vocab_size": 10,
+    }
+    arrays: dict = {
+        "temperature": np.array([0.5, 1.5], dtype=np.float32),
+        "top_k": np.int64(5),
+        "stop_ids": [np.array([1, 2]), np.array([3])],
+        "logit_bias": {np.int64(3): np.float32(2), (np.int64(1), 5): -4.0},
+        "bad_words_ids": [np.array([4]), np.array([1, 2])],
+        "seed": np.array([3, 4]),
+        "max_new_tokens": np.array([4, 6]),
+        "vocab_size": np.int32(10),
+    }
+    want = generate(causal, [[1, 2], [3, 4]], **options)
+    for ids in (np.array([[1, 2], [3, 4]]), [np.array([1, 2]), np.array([3, 4])], [[np.int64(1), 2], [3, np.int8(4)]]):
+        assert generate(causal, ids, **arrays) == want
+    ragged = np.empty(2, dtype=object)
+    ragged[:] = [[1, 2], [3]]
+    assert generate(causal, ragged, max_new_tokens=2, seed=1) == generate(
+        causal, [[1, 2], [3]], max_new_tokens=2, seed=1
+    )
+    flat = generate(causal, [1, 2], max_new_tokens=2, seed=1)
+    for ids in (np.array([1, 2]), [np.int64(1), np.int64(2)], np.array([1, 2], dtype=np.int16)):
+        assert generate(causal, ids, max_new_tokens=2, seed=1) == flat
+    with pytest.raises(ValueError, match="row 0 holds torch.float64 values"):
+        generate(causal, np.array([[1.0]]), max_new_tokens=1)
+
+
+def test_numpys_arrays_are_scored_as_lists_are() -> None:
+    want = score(causal, [1, 2], [[3, 4], [2, 0]], end_id=0)
+    end: Any = np.int64(0)
+    assert score(causal, np.array([1, 2]), np.array([[3, 4], [2, 0]]), end_id=end) == want
+    assert score(causal, [np.int64(1), np.int64(2)], [[np.int64(3), 4], [2, 0]], end_id=0) == want
+    [both] = score(causal, np.array([[1, 2]]), [np.array([[3, 4], [2, 0]])], end_id=0)
+    assert both == want
+
+
+def test_logits_that_are_numpys_name_the_remedy() -> None:
+    with pytest.raises(ValueError, match=r"returned ndarray, .* wrap it as `lambda ids: torch.as_tensor\(model\("):
+        next(sample(lambda ids: causal(ids).numpy(), [[1]], max_new_tokens=1))  # type: ignore[arg-type,return-value]
