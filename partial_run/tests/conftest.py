@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm_partial_run import BudgetError, PartialRun, _plan, plan
+from llm_partial_run import BudgetError, PartialRun, plan
 
 torch.set_num_threads(1)  # the matrices are too small for more
 VOCAB, HIDDEN, LAYERS = 96, 32, 20
@@ -201,12 +201,6 @@ class Toy:
             module.load_state_dict(self.weights[part], assign=True)
             x = module(x) if part == "end" else module(x, positions)
         return x[0].detach()
-
-
-@pytest.fixture(autouse=True)
-def short_ring(monkeypatch):
-    """Fewer slots than for real models, of which these tiny ones would need few more to be whole."""
-    monkeypatch.setattr(_plan, "AHEAD", 5)
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from ._memory import format_bytes
 from ._units import Model, Unit
 
 READERS = 4  # reads in flight: what disks need to be busy while one of them has just ended
-AHEAD = READERS + 5  # slots of the ring: those being read, and as many more as the computation may stand still for
+LEAST = READERS + 1  # slots of the ring: those being read, and the one being computed
+AHEAD = READERS + 5  # where memory allows: so many more that reading goes on while the computation stands still
 PAGE_TABLES = 512  # bytes of memory to one of page tables: 8 for each 4 KiB
 MICRO_BATCH = 128  # tokens that go through a layer at once: enough for matrix kernels, little beside the weights
 
@@ -145,8 +146,8 @@ def decide(
     micro_batch = tokens if model.experts else min(tokens, micro_batch)
     slot, expert_slot = _slot(model.units), _slot(model.experts)
     held = Counter(unit.part for unit in model.units if unit.part != "end") if tokens > micro_batch else Counter()
-    slots = min(AHEAD + max(held.values(), default=0), len(model.units))  # a slot holds one unit, however small
-    expert_slots = min(AHEAD, len(model.experts))
+    slots = min(LEAST + max(held.values(), default=0), len(model.units))  # a slot holds one unit, however small
+    expert_slots = min(LEAST, len(model.experts))
     units = model.units + model.experts
     convert = 2 * max((unit.kept_nbytes for unit in units), default=0) if model.converted else 0
     ring = slots * slot + convert
@@ -193,6 +194,9 @@ def decide(
         resident, expert_slots = frozenset(left), 0
     else:  # experts last: the others are needed in each pass
         left = [unit for unit in model.units if unit not in on_device]
+        if slot and not device_memory:
+            more = min(AHEAD - LEAST, len(model.units) - slots, (free - least) // slot)
+            slots, ring, least = slots + more, ring + more * slot, least + more * slot
         beside = least - ring
         resident = frozenset(left) if model.experts and _kept(left) <= free - beside else _spread(left, free - least)
     streamed = [unit for unit in left if unit not in resident]
