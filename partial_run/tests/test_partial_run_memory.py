@@ -14,6 +14,7 @@ from llm_partial_run._memory import measured_runtime, peak_resident_set, residen
 
 MIB = 1 << 20
 OWN = 300 * MIB  # what the process itself has in use, below
+LIBRARY = 500 * MIB  # the file that it maps
 
 
 def test_sizes_are_read_as_people_write_them():
@@ -40,6 +41,12 @@ def kernel(tmp_path, monkeypatch):
         (tmp_path / "proc").mkdir()
         (tmp_path / "proc/statm").write_text(f"9999999 {OWN // mmap.PAGESIZE} 0 0 0 0 0")
         (tmp_path / "proc/cgroup").write_text(own + "\n")
+        with (tmp_path / "library.so").open("wb") as library:
+            library.truncate(LIBRARY)
+        (tmp_path / "proc/maps").write_text(
+            f"7f00-7f40 r-xp 00000000 fe:00 42   {tmp_path}/library.so\n7f40-7f60 r--p 00000000 fe:00 42   {tmp_path}/library.so\n"
+            "7f60-7f80 rw-p 00000000 00:00 0 \n7f80-7fa0 rw-s 00000000 00:01 43   /dev/gone (deleted)\n7fa0-7fc0 rw-p 00000000 00:00 0   [heap]\n"
+        )
         for name, content in files.items():
             path = tmp_path / "cgroup" / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,3 +145,8 @@ def test_version_1_counts_where_it_has_the_memory_and_version_2_other_things(ker
 def test_page_cache_counts_as_runtime_where_nothing_would_take_it_back(kernel, limit, procs, counted):
     kernel(NESTED, group(SCOPE, limit=limit, usage=700 * MIB, cache=(400 * MIB, 0), procs=procs))
     assert measured_runtime(4000 * MIB, torch.float32) == (700 * MIB if counted else OWN)
+
+
+def test_page_cache_of_files_that_were_only_read_does_not_count_as_runtime(kernel):
+    kernel(NESTED, group(SCOPE, usage=9000 * MIB, cache=(8500 * MIB, 0), procs=str(os.getpid())))
+    assert measured_runtime(4000 * MIB, torch.float32) == OWN + LIBRARY
