@@ -66,6 +66,7 @@ def test_the_smallest_budget_that_an_error_names_works():
         (lambda m: (m / "tokenizer.json").write_text("{}"), "tokenizer.json is no tokenizer"),
         (lambda m: (m / "config.json").unlink(), "config.json does not exist"),
         (lambda m: (m / "config.json").write_text('{"model_type": "t5"}'), "'t5'"),
+        (lambda m: (m / "config.json").write_text('{"model_type": ["llama"]}'), "['llama']"),
         (lambda m: (m / "model.safetensors").unlink(), "safetensors"),
         (lambda m: os.truncate(m / "model.safetensors", 1_000_000), "model.safetensors"),
     ],
@@ -77,6 +78,32 @@ def test_what_is_wrong_with_a_model_is_said_in_one_line(model, break_it, message
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_a_tokenizer_file_made_for_training_neither_cuts_nor_pads_the_prompt(model):
+    facts = json.loads((model / "tokenizer.json").read_text())
+    facts["truncation"] = {"max_length": 3, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}
+    facts["padding"] = {"strategy": {"Fixed": 90}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+                        "pad_token": "<pad>"}  # fmt: skip
+    (model / "tokenizer.json").write_text(json.dumps(facts))
+    done = command("generate", model, "--prompt", PROMPT, "--memory", "1GiB", "--max-new-tokens", 8)
+    assert done.stdout.strip() == "Paris", done.stderr
+
+
+def test_a_reader_that_has_enough_ends_the_command_without_a_traceback():
+    line = [sys.executable, "-m", "llm_partial_run.cli", "plan", MODEL, "--memory", "1GiB"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing) as nobody_reads:
+        done = subprocess.run(
+            line,
+            stdout=nobody_reads,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            env={**os.environ, "PYTHONUNBUFFERED": ""},
+        )
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_an_empty_prompt_is_refused():

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -29,13 +30,18 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 wrong input (one line on stderr says what), 130 interrupted."""
+    """Exit status: 0 done, 2 wrong input (one line on stderr says what), 130 interrupted, 141 nobody reads."""
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python writes the rest when it exits
+        return 141
     except (ValueError, OSError, ImportError, RuntimeError, AssertionError) as error:  # the last: torch without CUDA
         print(f"llm-partial-run: {error}", file=sys.stderr)
         return 2
@@ -199,7 +205,7 @@ def _family(model_dir: Path) -> Any:
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no model's config ({type(error).__name__}: {error}): download it again") from error
     found = {entry.name: entry for entry in entry_points(group=FAMILIES)}
-    if model_type not in found:
+    if not isinstance(model_type, str) or model_type not in found:
         raise ValueError(
             f"{path}: no installed package runs the model_type {model_type!r}; those here run {', '.join(sorted(found)) or 'none'}. "
             "pip install llm_llama_model, or another family's package"
@@ -211,7 +217,7 @@ def _sibling(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"this command needs {name}: pip install 'llm_partial_run[cli]'") from error
+        raise ImportError(f"this command needs {error.name or name}: pip install 'llm_partial_run[cli]'") from error
 
 
 def _tokenizer(model_dir: Path) -> Any:
@@ -222,9 +228,12 @@ def _tokenizer(model_dir: Path) -> Any:
         )
     tokenizers = _sibling("tokenizers")
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no narrower one
         raise ValueError(f"{path} is no tokenizer ({error}): download it again") from error
+    tokenizer.no_truncation()  # some files ask for them, for training
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _stop_ids(model_dir: Path, config: Any) -> tuple[int, ...]:
