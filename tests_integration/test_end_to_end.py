@@ -67,11 +67,14 @@ def padded(prompts):
 def test_streamed_logits_are_transformers_and_the_same_bits_at_every_budget(checkpoint):
     path, model = checkpoint
     least = smallest(path)
-    results = []
-    for memory in [*range(least, least + 200_000, 40_000), "1GiB"]:
+    results, streamed = [], set()
+    for memory in [*range(least, least + 200_000, 20_000), "1GiB"]:
         weights, run = opened(path, memory)
         with weights, run:
             results.append(run.forward.last_logits(*padded(PROMPTS), 1))
+            streamed.add(run.plan.streamed)
+    assert len(streamed) > 2
+    assert min(streamed) == 0
     for result in results:
         assert torch.equal(result, results[0])
     for prompt, logits in zip(PROMPTS, results[0], strict=True):
