@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from llm_partial_run import PartialRun
 
@@ -134,6 +135,31 @@ def test_parts_run_in_two_runs_equal_the_whole(toy):
     ):
         hidden = run(torch.tensor([PROMPTS[0]]), positions, run.new_caches())
         assert torch.equal(rest(hidden, positions, rest.new_caches()), expected)
+
+
+def test_parts_go_from_begin_to_end_in_whatever_order_they_are_given(toy):
+    with toy.run("1GiB") as run:
+        expected = toy.last(run, PROMPTS)
+    for memory in (toy.smallest(), "1GiB"):
+        with PartialRun(dict(reversed(toy.parts().items())), toy.store, memory=memory, **toy.BUDGET) as run:
+            assert torch.equal(toy.last(run, PROMPTS), expected)
+
+
+def test_a_begin_that_names_no_matrix_to_gather_from_has_it_whole(toy):
+    with toy.run("1GiB") as run:
+        expected = toy.last(run, PROMPTS)
+
+    class Begin(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(96, 32, device="meta")
+
+        def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            return self.embed(input_ids)
+
+    with PartialRun(toy.parts() | {"begin": Begin()}, toy.store, memory=toy.smallest() + 50_000, **toy.BUDGET) as run:
+        assert run.plan.streamed
+        assert torch.equal(toy.last(run, PROMPTS), expected)
 
 
 def test_device_tier_with_copies_ahead_gives_the_same_bits(toy):

@@ -13,7 +13,7 @@ from torch import nn
 from ._memory import available, measured_runtime, parse_bytes
 from ._plan import Plan, decide
 from ._stores import as_store, read_rate
-from ._units import survey
+from ._units import in_order, survey
 
 DEFAULT_SHARE = 0.9  # of what is free, where no `memory` is given
 INDEX = 400  # bytes for each token whose prefix is known
@@ -42,6 +42,7 @@ def plan(
     for name, count in (("rows", rows), ("context", context), ("tokens", tokens), ("micro_batch", micro_batch)):
         if count is not None and (not isinstance(count, int) or count < 1):
             raise ValueError(f"{name}={count!r} has to be 1 or more, a whole number")
+    parts = in_order(parts)
     store, device = as_store(weights, parts), torch.device(device)
     model = survey(parts, store, dtype)
     if device_memory is None and device.type == "cuda":

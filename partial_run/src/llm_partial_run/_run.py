@@ -20,7 +20,7 @@ from ._checks import check_hidden_states, check_ids, check_length, check_logits,
 from ._forward import Forward
 from ._products import one_pass_at_a_time
 from ._stores import as_store
-from ._units import survey
+from ._units import in_order, survey
 from ._weights import Progress, Weights, bound
 
 SPILL = "/var/tmp"  # on a disk, where /tmp is often memory
@@ -79,7 +79,7 @@ class PartialRun:
         spill: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
     ):
-        self.parts = dict(parts)
+        self.parts = parts = in_order(parts)
         self.device = torch.device(device)
         self.stats = Stats()
         self._store = as_store(weights, parts)
@@ -305,9 +305,11 @@ class PartialRun:
 
     def _begin(self, module: nn.Module, input_ids: Tensor, positions: Tensor) -> Tensor:
         """The begin with a matrix of only the rows that are looked up."""
+        if not (gathered := getattr(module, "gathered", ())):
+            return self._timed(module, input_ids, positions)
         ids, within = input_ids.unique(return_inverse=True)
         with ExitStack() as stack:
-            for name in module.gathered:  # pyright: ignore
+            for name in gathered:
                 rows = self._store.rows("begin", name, ids.cpu())
                 self.stats.bytes_read += rows.nbytes
                 stack.enter_context(bound(module, name, rows.to(self.device, self.plan.dtype)))

@@ -47,6 +47,11 @@ class Model:
     widths: int  # most elements per token that the Linears of one layer give
 
 
+def in_order(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The parts as a pass goes through them: begin, those between by name, end."""
+    return dict(sorted(parts.items(), key=lambda part: (part[0] != "begin", part[0] == "end", part[0])))
+
+
 def survey(parts: Mapping[str, nn.Module], weights: Any, dtype: torch.dtype | None) -> Model:
     """Hold the modules against the weights that are there, and cut the matrices into units.
 
