@@ -85,6 +85,13 @@ def test_more_logits_than_there_is_memory_for_are_refused_before_the_pass(toy):
         assert run(torch.ones(3, 1, dtype=torch.long), caches=caches).shape == (3, 1, 96)
 
 
+def test_more_rows_than_there_is_memory_for_their_logits_are_refused(toy):
+    with toy.run(toy.smallest()) as run:
+        with pytest.raises(ValueError, match="logits of 5000 positions take"):
+            run.forward.last_logits(torch.ones(5000, 2, dtype=torch.long), torch.full((5000,), 2), 1)
+        assert toy.last(run, [[1, i] for i in range(7)]).shape == (7, 1, 96)
+
+
 def test_a_long_row_without_a_cache_is_refused(toy):
     with toy.run("1GiB", micro_batch=5) as run, pytest.raises(ValueError, match="give caches"):
         run(torch.zeros(1, 6, dtype=torch.long))

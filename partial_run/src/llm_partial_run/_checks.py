@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ._memory import format_bytes
 from ._plan import Plan
+from ._units import Model
 
 
 def check_ids(input_ids: Tensor, vocab_size: int | None) -> None:
@@ -49,9 +50,13 @@ def check_length(plan: Plan, rows: int, length: int, at_once: bool) -> None:
         )
 
 
-def check_logits(plan: Plan, positions: int, vocab_size: int) -> None:
-    """Refuse more logits than the plan has memory for; they are there twice while they are put together."""
-    nbytes = 2 * positions * vocab_size * plan.dtype.itemsize
+def check_logits(plan: Plan, model: Model, positions: int, at_once: int) -> None:
+    """Refuse more logits than the plan has memory for: those of all positions, and what those computed at once take more.
+
+    That is a second time their logits, while these are put together, and their hidden states, thrice and twice in fp32.
+    """
+    size = plan.dtype.itemsize
+    nbytes = (positions + at_once) * model.vocab_size * size + at_once * model.hidden_size * (3 * size + 2 * 4)
     room = plan.memory - plan.used + plan.activations
     if positions > plan.rows and nbytes > room:
         raise ValueError(

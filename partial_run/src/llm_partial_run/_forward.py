@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ._caches import SpilledCaches
-from ._checks import check_logits
 from ._prefixes import Prefixes
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ class Forward:
             logits than the plan has memory for.
         """
         self._run.check_ids(input_ids)
-        check_logits(self._run.plan, len(input_ids) * n if n > 1 else 0, self._run.vocab_size)
+        self._run.check_logits(len(input_ids) * n, min(len(input_ids), self._run.plan.rows) * n)
         if lengths.shape != input_ids.shape[:1] or not ((lengths >= 1) & (lengths <= input_ids.shape[1])).all():
             raise ValueError(
                 f"lengths={lengths.tolist()} for input_ids {list(input_ids.shape)}: give one for each row, from 1 to "
@@ -59,8 +58,12 @@ class Forward:
                     f"at most context={self._run.plan.context}: shorten it, or plan for a larger context"
                 )
         at_once = self._run.plan.rows
-        groups = [self._group(prompts[i : i + at_once], n) for i in range(0, len(prompts), at_once)]
-        return groups[0] if len(groups) == 1 else torch.cat(groups)
+        if len(prompts) <= at_once:
+            return self._group(prompts, n)
+        result = torch.empty(len(prompts), n, self._run.vocab_size, dtype=self._run.plan.dtype)
+        for i in range(0, len(prompts), at_once):
+            result[i : i + at_once] = self._group(prompts[i : i + at_once], n)
+        return result
 
     def _group(self, prompts: list[list[int]], n: int) -> Tensor:
         self._share(prompts)

@@ -160,7 +160,7 @@ class PartialRun:
         if caches is not None:
             check_caches(caches, self._cache_like, first_row + rows, positions if slots is None else slots, kv_len or 0)
         if "end" in self.parts and before_end is None:
-            check_logits(self.plan, rows * length, self.vocab_size)
+            self.check_logits(rows * length, rows * length)
         with self._lock, one_pass_at_a_time, torch.inference_mode():
             self._check_open()
             start = time.perf_counter()
@@ -206,6 +206,10 @@ class PartialRun:
         gathered = getattr(self.parts["begin"], "gathered", ())
         rows = [self._store.tensors("begin")[name].shape[0] for name in gathered]
         check_ids(input_ids, min(rows, default=None))
+
+    def check_logits(self, positions: int, at_once: int) -> None:
+        """Raises ValueError where the plan has no memory for the logits of so many positions, so many of them at once."""
+        check_logits(self.plan, self._model, positions, at_once)
 
     def new_caches(self, rows: int | None = None, slots: int | None = None) -> Caches:
         """Keys and values for each layer, zeroed: part -> tensors [rows, slots, ...], written in place."""
