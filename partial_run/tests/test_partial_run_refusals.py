@@ -117,6 +117,9 @@ def test_a_long_row_without_a_cache_is_refused(toy):
             dict(mask=[[True, True]]),
             r"mask= has the shape \[1, 2\], and has to have \[1, 2, 'slots in use'\]",
         ),
+        ([[1, 2]], dict(positions=[[0.0, 1.0]]), "positions= has to be integers, and is torch.float32"),
+        ([[1, 2]], dict(slots=[[True, False]]), "slots= has to be integers, and is torch.bool"),
+        ([[1]], dict(mask=[[[0.0, -1.0]]]), "mask= has to be True where a position is seen, and is torch.float32"),
         ([1, 2], {}, r"input_ids have to be integers \[rows, tokens\]"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ._memory import format_bytes
@@ -34,6 +35,9 @@ def check_shapes(x: Tensor, positions: Tensor | None, slots: Tensor | None, mask
         if given is not None and (given.dim() != dims or given.shape[:2] != x.shape[:2]):
             wanted = [*x.shape[:2], *["slots in use"] * (dims - 2)]
             raise ValueError(f"{name}= has the shape {list(given.shape)}, and has to have {wanted}")
+        if given is not None and (given.is_floating_point() or (given.dtype == torch.bool) != (name == "mask")):
+            kind = "True where a position is seen" if name == "mask" else "integers"
+            raise ValueError(f"{name}= has to be {kind}, and is {given.dtype}")
 
 
 def check_length(plan: Plan, rows: int, length: int, at_once: bool) -> None:

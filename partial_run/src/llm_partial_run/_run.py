@@ -167,6 +167,7 @@ class PartialRun:
             waited, experts_read = self._weights.waited, self._weights.expert_bytes_read
             left_out = self._weights.rewind(without=None if with_end else "end")
             x, positions = x.to(self.device), positions.to(self.device)
+            slots, mask = (None if given is None else given.to(self.device) for given in (slots, mask))
             for done, (part, module) in enumerate(self.parts.items()):
                 if self._progress is not None:
                     self._progress("pass", done, len(self.parts))
