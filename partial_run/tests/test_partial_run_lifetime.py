@@ -117,6 +117,24 @@ def test_passes_of_runs_in_two_threads_take_turns(toy):
     assert len(starts) == 40
 
 
+def test_threads_that_share_a_forward_each_get_the_logits_of_their_ids(toy):
+    found: dict[int, list[torch.Tensor]] = {3: [], 5: []}
+
+    def ask(step: int) -> None:
+        for length in range(1, 21):
+            found[step].append(toy.last(run, [[i * step % 96 for i in range(length)]])[0, 0])
+
+    with toy.run("1GiB", rows=1) as run:  # both take the one cache row from each other
+        threads = [threading.Thread(target=ask, args=(step,)) for step in found]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for step, logits in found.items():
+        expected = toy.resident_logits([i * step % 96 for i in range(20)])
+        torch.testing.assert_close(torch.stack(logits), expected, atol=2e-5, rtol=0)
+
+
 def test_an_error_in_reading_ahead_is_forgotten_with_the_pass_that_failed(toy):
     with toy.run(toy.smallest()) as run:
         expected = toy.last(run, PROMPTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +32,7 @@ class Forward:
         self._prefixes = Prefixes(run.plan.rows)  # what each cache row has keys and values of
         self._used = [0] * run.plan.rows  # when each was used last
         self._calls = 0
+        self._lock = threading.RLock()  # which cache row has what may not change between its look-up and its pass
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """Logits [B, T, V] of every position."""
@@ -58,12 +60,13 @@ class Forward:
                     f"at most context={self._run.plan.context}: shorten it, or plan for a larger context"
                 )
         at_once = self._run.plan.rows
-        if len(prompts) <= at_once:
-            return self._group(prompts, n)
-        result = torch.empty(len(prompts), n, self._run.vocab_size, dtype=self._run.plan.dtype)
-        for i in range(0, len(prompts), at_once):
-            result[i : i + at_once] = self._group(prompts[i : i + at_once], n)
-        return result
+        with self._lock:
+            if len(prompts) <= at_once:
+                return self._group(prompts, n)
+            result = torch.empty(len(prompts), n, self._run.vocab_size, dtype=self._run.plan.dtype)
+            for i in range(0, len(prompts), at_once):
+                result[i : i + at_once] = self._group(prompts[i : i + at_once], n)
+            return result
 
     def _group(self, prompts: list[list[int]], n: int) -> Tensor:
         self._share(prompts)
