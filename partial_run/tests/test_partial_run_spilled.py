@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
 import pytest
 import torch
 
-from llm_partial_run import SpilledCaches, plan
+from llm_partial_run import PartialRun, SpilledCaches, plan
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3], [5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6]]
 
@@ -55,6 +56,34 @@ def test_caches_on_a_disk_without_direct_access_give_the_same_bits_and_are_count
     assert torch.equal(*results)
     assert set(dropped) == {os.POSIX_FADV_DONTNEED}  # what lay in the page cache
     assert read[0] == read[1] > 20 * 3 * 2 * 4096  # layers, rows, keys and values, a page at least
+
+
+def test_a_prefix_that_could_not_be_copied_is_not_taken_for_one_that_is_there(toy, tmp_path, monkeypatch):
+    other, write = [40, 41, 42, 43], os.pwritev
+    with toy.run(toy.smallest(rows=2), rows=2, spill=tmp_path) as run:
+        toy.last(run, [PROMPTS[2], other])
+        written = iter(range(5))  # a part of the layers' keys and values
+        monkeypatch.setattr(os, "pwritev", lambda *args: write(*args) if next(written, None) is not None else 0)
+        with pytest.raises(OSError, match="keys and values could be written"):
+            toy.last(run, [[*PROMPTS[2], 1], [*PROMPTS[2], 2]])  # one in the place of the other
+        monkeypatch.setattr(os, "pwritev", write)
+        logits = toy.last(run, [[*other, 9]])
+    torch.testing.assert_close(logits[0, 0], toy.resident_logits([*other, 9])[-1], atol=2e-5, rtol=0)
+
+
+def test_what_overflowed_in_a_row_on_disk_does_not_reach_its_next_user(toy, tmp_path, file_store):
+    toy.weights["begin"]["embed.weight"][13] = float("inf")
+    long = [1, 2, 3, 4, 5, 6, 7, 8]
+    budget: dict[str, Any] = toy.BUDGET | dict(rows=2, memory=toy.smallest(rows=2), spill=tmp_path)
+    with (
+        contextlib.closing(file_store(tmp_path / "weights that overflow", toy.weights)) as store,
+        PartialRun(toy.parts(), store, **budget) as run,
+    ):
+        assert run.plan.spilled
+        assert not toy.last(run, [[5, 6, 13], long])[0].isfinite().all()
+        toy.last(run, [[5, 6]])
+        logits = toy.last(run, [[5, 6], [*long, 9]])  # sees as many slots of both rows, by a mask
+    torch.testing.assert_close(logits[0, 0], toy.resident_logits([5, 6])[-1], atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

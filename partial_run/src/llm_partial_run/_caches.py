@@ -86,6 +86,8 @@ class SpilledCaches:
         for part in self._index:
             for start, stride in zip(self._starts, self._strides, strict=True):
                 os.pwritev(self._file, [mmap.mmap(-1, stride)], self._at(part) + start + row * stride)
+        for tensor in self._tensors:  # where whole pages are written from, that have slots of later tokens too
+            tensor[row] = 0
 
     def copy(self, source: int, target: int, slots: int) -> None:
         """Copy the first `slots` slots of a row to another, in all layers."""

@@ -152,6 +152,7 @@ class Forward:
             if i not in chosen:
                 chosen[i] = free.pop(0)
                 if length:
+                    self._prefixes[chosen[i]] = []  # also if the copy fails
                     self._copy(min(sources), chosen[i], length)
         for row in chosen.values():
             self._used[row] = self._calls
