@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -12,6 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+import tqdm
+
+from llm_partial_run import cli
 
 MODEL = Path(__file__).parent.parent / "demo" / "model"
 PROMPT = "Q: What is the capital of France?\nA:"
@@ -104,6 +108,27 @@ def test_a_reader_that_has_enough_ends_the_command_without_a_traceback():
             env={**os.environ, "PYTHONUNBUFFERED": ""},
         )
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_the_bar_runs_once_from_start_to_end_however_many_passes_the_prompt_takes(monkeypatch):
+    seen: list[tuple[int, int]] = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, **settings) -> None:
+            super().__init__(**settings | {"disable": False, "delay": 0, "file": io.StringIO()})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            shown = super().update(n)
+            seen.append((int(self.n), self.total))
+            return shown
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    with cli.Bar() as progress:
+        progress.passes = 3
+        for _ in range(3):
+            for part in range(5):
+                progress("pass", part, 4)
+    assert seen == [(4 * passed + part, 12) for passed in range(3) for part in range(5)]
 
 
 def test_an_empty_prompt_is_refused():

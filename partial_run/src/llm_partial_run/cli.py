@@ -65,7 +65,13 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument(
         "--context", type=int, metavar="N", help="most tokens of prompt and answer (default: what they need)"
     )
-    shared.add_argument("--tokens", type=int, metavar="N", help="most tokens that one pass over the weights computes")
+    shared.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="most tokens that one pass over the weights computes (default: 128). Where reading a layer takes longer than computing "
+        "128 tokens with it, more make long prompts faster; a layer is then held in memory as a whole",
+    )
     shared.add_argument("--dtype", choices=DTYPES, help="to compute in (default: the one stored)")
     shared.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     shared.add_argument(
@@ -135,6 +141,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         start = time.perf_counter()
         with Bar() as progress, PartialRun(family.parts(config), weights, **budget, progress=progress) as run:
             loaded = time.perf_counter()
+            progress.passes = -(-len(prompt) // run.plan.tokens)
             print(run.plan, file=sys.stderr)
             steps = sampler.sample(run.forward, [prompt], **settings)
             times: list[float] = []
@@ -262,12 +269,17 @@ class Bar:
     """A progress bar on a terminal, for what takes longer than two seconds until the first token is there."""
 
     def __init__(self) -> None:
+        self.passes = 1  # that the prompt takes
+        self._begun = 0
         self._bar: Any = None
         self._what = ""
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if self._what == "done":
             return
+        if what == "pass":
+            self._begun += done == 0
+            done, total = done + (self._begun - 1) * total, total * self.passes
         if what != self._what:
             self.close()
             unit = {"unit": "B", "unit_scale": True} if what == "loading" else {"unit": "part"}
