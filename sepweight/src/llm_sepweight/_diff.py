@@ -11,7 +11,6 @@ from llm_sepweight._catalog import TensorInfo
 from llm_sepweight._checkpoint import Layout
 from llm_sepweight._copying import Piece, Progress, checksums
 from llm_sepweight._header import DTYPE_NAMES
-from llm_sepweight._source import StoreSource
 from llm_sepweight._store import WeightStore, open
 
 
@@ -85,8 +84,9 @@ def _with_other_values(
             progress(done, total)
 
     texts = []
-    for source in (StoreSource(a), StoreSource(b)):
-        pieces = ([Piece(a.tensors(p)[name].nbytes, partial(source.copy, p, name))] for p, name in tensors)
+    for store in (a, b):
+        entries = ((part, name, store._part(part)[name]) for part, name in tensors)
+        pieces = ([Piece(entry.info.nbytes, partial(store._reader.copy, p, name, entry))] for p, name, entry in entries)
         with closing(checksums(pieces, advance=advance)) as found:
             texts.append(list(found))
     return [

@@ -62,6 +62,11 @@ class Reader:
             if not self._checks.check(self._used(file), Span(offset, memory[:nbytes])):
                 self._used(file).read(memory, offset, nbytes)
 
+    def check(self, part: str, file: str, checks: LazyChecks) -> None:
+        """Compare a file with its checksum, unless that was done before."""
+        with _at(part, None):
+            checks.check(self._used(file))
+
     def copy(self, part: str, name: str, entry: Entry, start: int, out: memoryview) -> None:
         """Bytes of a tensor from `start` on, through memory of this thread, to wherever they shall go."""
         bounce = self._bounce(min(BOUNCE, len(out)) + 2 * PAGE)

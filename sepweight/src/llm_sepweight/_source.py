@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from llm_sepweight._catalog import JSON_LIMIT, Entry, inside, read_limited
+from llm_sepweight._checksum import checksum
 from llm_sepweight._errors import WeightError
+from llm_sepweight._lazy import LazyChecks
 from llm_sepweight._manifest import MANIFEST
 from llm_sepweight._states import sample, state
 from llm_sepweight._store import WeightStore
@@ -59,7 +62,7 @@ class Source(Protocol):
 
 
 class StoreSource:
-    """What a store holds, on disk."""
+    """What a store holds, on disk. Of a split model each file is checked before anything of it is given."""
 
     def __init__(self, store: WeightStore) -> None:
         self.store = store
@@ -68,9 +71,16 @@ class StoreSource:
         self.config = store.config
         self.parts: Mapping[str, Mapping[str, Entry]] = {part: store._part(part) for part in store.parts}
         self._found = self._states()
+        self._checks = LazyChecks(store._unchecked)
+        self._checking = threading.Lock()  # one file at a time, for the memory that it takes
 
     def copy(self, part: str, name: str, start: int, out: memoryview) -> None:
-        self.store._reader.copy(part, name, self.parts[part][name], start, out)
+        entry = self.parts[part][name]
+        for file in {extent.file for extent in entry.extents}:
+            if self._checks.pending(file):
+                with self._checking:
+                    self.store._reader.check(part, file, self._checks)
+        self.store._reader.copy(part, name, entry, start, out)
 
     def fingerprint(self) -> dict[str, Any] | None:
         headers: dict[str, int] = {}  # bytes before the first tensor
@@ -102,7 +112,16 @@ class StoreSource:
         self._found.pop(Path(file).name, None)
 
     def companions(self) -> dict[str, bytes]:
-        return {name: read_limited(inside(self.store.path / name)) for name in self.companion_names()}
+        return {name: self.companion(name) for name in self.companion_names()}
+
+    def companion(self, name: str) -> bytes:
+        """One of the small files; that of a split model is checked, too."""
+        file = self.store.path / name
+        data = read_limited(inside(file))
+        if self.store.manifest is not None and checksum(data) != self.store.manifest.files[name].checksum:
+            problem = "the contents are damaged: the checksum is not that of the manifest"
+            raise WeightError(problem, file=file, remedy="Repair it with verify, or fetch the file again.")
+        return data
 
     def companion_names(self) -> list[str]:
         if self.store.manifest is not None:

@@ -41,7 +41,8 @@ def split(
     Interrupted, even by a crash, the same call goes on from the last complete part, and where all is done already it only
     checks that. Memory: 4 windows of 8 MiB.
     Raises WeightError where the destination holds something else or is being written to, cannot be written, or the
-    source is damaged or changes meanwhile, and ValueError for a bad spec or dtype.
+    source is damaged (that of a split model is checked against its checksums) or changes meanwhile, and ValueError for a
+    bad spec or dtype.
     """
     directory = Path(destination)
     if in_place and _was_done(source, directory):

@@ -68,8 +68,10 @@ class WeightStore:
         self.config: dict[str, Any] = catalog.config
         self.parts: tuple[str, ...] = tuple(catalog.parts)
         self._entries = catalog.parts
-        infos = manifest.parts.values() if manifest is not None and checked else ()
-        self._reader = Reader(path, catalog.file_sizes, {str(path / info.file): info.checksum for info in infos})
+        infos = () if manifest is None else manifest.parts.values()
+        checksums = {str(path / info.file): info.checksum for info in infos}
+        self._reader = Reader(path, catalog.file_sizes, checksums if checked else {})
+        self._unchecked = {} if checked else checksums
 
     def tensors(self, part: str) -> Mapping[str, TensorInfo]:
         """Name, dtype, shape and bytes of the tensors of a part; names are as in the part's state_dict."""

@@ -18,7 +18,7 @@ from llm_sepweight._manifest import MANIFEST, Manifest, NewerError, PartInfo, re
 from llm_sepweight._mending import mend_manifest
 from llm_sepweight._parts import contents_of
 from llm_sepweight._plan import FLOATS, PlannedPart, plan
-from llm_sepweight._source import Source, StoreSource
+from llm_sepweight._source import StoreSource
 from llm_sepweight._store import WeightStore, open
 from llm_sepweight._writing import locked, unfinished, write_bytes
 
@@ -56,10 +56,11 @@ def verify(
     if not found or source is None:
         return found
     with nullcontext(source) if isinstance(source, WeightStore) else open(source, layout) as store, locked(directory):
+        tensors = StoreSource(store)
         if manifest is None:
             _check_finished(directory)
-            return mend_manifest(directory, found[0], StoreSource(store), progress)
-        return [_repair(directory, damage, manifest, StoreSource(store)) for damage in found]
+            return mend_manifest(directory, found[0], tensors, progress)
+        return [_repair(directory, damage, manifest, tensors) for damage in found]
 
 
 def _examined(directory: Path, progress: Progress | None) -> tuple[Manifest | None, list[Damage]]:
@@ -85,7 +86,7 @@ def _check_finished(directory: Path) -> None:
         raise WeightError(problem, file=directory, remedy="Run it again, as it was.")
 
 
-def _repair(directory: Path, damage: Damage, manifest: Manifest, source: Source) -> Damage:
+def _repair(directory: Path, damage: Damage, manifest: Manifest, source: StoreSource) -> Damage:
     """The damage once its file is written anew, if the source has what was in it."""
     rewritten = _companion_rewritten if damage.part is None else _part_rewritten
     try:
@@ -97,15 +98,17 @@ def _repair(directory: Path, damage: Damage, manifest: Manifest, source: Source)
     return replace(damage, problem=f"{damage.problem}; {why}")
 
 
-def _companion_rewritten(directory: Path, damage: Damage, manifest: Manifest, source: Source) -> bool:
-    data = source.companions().get(damage.file)
-    if data is None or checksum(data) != manifest.files[damage.file].checksum:
+def _companion_rewritten(directory: Path, damage: Damage, manifest: Manifest, source: StoreSource) -> bool:
+    if damage.file not in source.companion_names():
+        return False
+    data = source.companion(damage.file)
+    if checksum(data) != manifest.files[damage.file].checksum:
         return False
     write_bytes(directory / damage.file, data)
     return True
 
 
-def _part_rewritten(directory: Path, damage: Damage, manifest: Manifest, source: Source) -> bool:
+def _part_rewritten(directory: Path, damage: Damage, manifest: Manifest, source: StoreSource) -> bool:
     assert damage.part is not None
     info = manifest.parts[damage.part]
     planned = _planned(source, damage.part, info)
@@ -119,7 +122,7 @@ def _part_rewritten(directory: Path, damage: Damage, manifest: Manifest, source:
         return next(texts) == info.checksum
 
 
-def _planned(source: Source, part: str, info: PartInfo) -> PlannedPart | None:
+def _planned(source: StoreSource, part: str, info: PartInfo) -> PlannedPart | None:
     """The part's file as a split of the source would write it, in the dtype in which it was written."""
     for dtype in (None, *FLOATS) if part in source.parts else ():
         planned = plan(source.parts, dtype)[part]

@@ -1,0 +1,77 @@
+"""What a model is written from is checked on the way: neither damage nor another model is sealed as sound."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import llm_sepweight
+from llm_sepweight import WeightError
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def directory(checkpoint, layout, tmp_path) -> Path:
+    llm_sepweight.split(checkpoint, tmp_path / "split", layout=layout)
+    return tmp_path / "split"
+
+
+def split_an_open_store(source: Path, to: Path) -> None:
+    with llm_sepweight.open(source) as weights:
+        llm_sepweight.split(weights, to)
+
+
+def split_a_store_that_checks(source: Path, to: Path) -> None:
+    with llm_sepweight.open(source, verify="lazy") as weights:
+        llm_sepweight.split(weights, to)
+
+
+WAYS: dict[str, Callable[[Path, Path], None]] = {
+    "split": llm_sepweight.split,
+    "split an open store": split_an_open_store,
+    "split a store that checks": split_a_store_that_checks,
+    "convert": lambda source, to: llm_sepweight.split(source, to, dtype=torch.float32),
+    "split some": lambda source, to: llm_sepweight.split(source, to, spec="1:2 e"),
+    "export": llm_sepweight.export,
+}
+
+
+@pytest.mark.parametrize("name", ["mid.00001.safetensors", "begin.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("way", WAYS)
+def test_damage_of_a_split_model_is_not_handed_on(directory, tmp_path, way, name):
+    flip(directory / name, -1)
+    with pytest.raises(WeightError, match=f"contents are damaged: the checksum .*{name}.*Repair it with verify"):
+        WAYS[way](directory, tmp_path / "new")
+    assert not any((tmp_path / "new" / file).exists() for file in ("sepweight.json", "model.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["begin.safetensors", "tokenizer.json"])
+def test_a_damaged_copy_mends_no_manifest(directory, tmp_path, name):
+    shutil.copytree(directory, tmp_path / "copy")
+    flip(tmp_path / "copy" / name, -1)
+    (directory / name).unlink()
+    (directory / "sepweight.json").unlink()
+    with pytest.raises(WeightError, match=f"contents are damaged.*copy/{name}"):
+        llm_sepweight.verify(directory, source=tmp_path / "copy")
+    assert not (directory / "sepweight.json").exists()
+
+
+def test_two_damaged_copies_repair_each_other(directory, tmp_path):
+    shutil.copytree(directory, tmp_path / "copy")
+    for name in ("mid.00001.safetensors", "tokenizer.json"):
+        flip(directory / name, -1)
+    for name in ("mid.00002.safetensors", "config.json"):
+        flip(tmp_path / "copy" / name, -1)
+    assert all(each.repaired for each in llm_sepweight.verify(directory, source=tmp_path / "copy"))
+    assert all(each.repaired for each in llm_sepweight.verify(tmp_path / "copy", source=directory))
+    assert llm_sepweight.verify(directory) == llm_sepweight.verify(tmp_path / "copy") == []
+    assert llm_sepweight.diff(directory, tmp_path / "copy") == []
