@@ -155,6 +155,29 @@ def test_a_damaged_manifest_and_the_checkpoint_of_another_model_leave_all_as_it_
     assert contents(directory) == damaged
 
 
+def fine_tune(checkpoint: Path, tensors: dict[str, torch.Tensor], *changed: str) -> None:
+    """Make the checkpoint that of a model in which these tensors are others."""
+    for shard in checkpoint.glob("*.safetensors"):
+        save_file({key: tensors[key] * (2 if key in changed else 1) for key in load_file(shard)}, shard)
+
+
+@pytest.mark.parametrize(("key", "name"), [("layers.1.up.weight", "mid.00001"), ("embed.weight", "begin")])
+def test_a_missing_part_is_not_taken_from_another_model(directory, checkpoint, tensors, layout, key, name):
+    whole = contents(directory)
+    manifest = directory / "sepweight.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"tool": "llm', b'"tool": "lln'))
+    (directory / f"{name}.safetensors").unlink()
+    damaged = contents(directory)
+    fine_tune(checkpoint, tensors, key)
+    _, found = verify(directory, source=checkpoint, layout=layout)
+    assert (found.file, found.repaired) == (f"{name}.safetensors", False)
+    assert "file is missing, and the manifest cannot tell whether the source has what was in it" in found.problem
+    assert contents(directory) == damaged
+    fine_tune(checkpoint, tensors)  # what it was split from
+    assert all(each.repaired for each in verify(directory, source=checkpoint, layout=layout))
+    assert contents(directory) == whole
+
+
 def test_a_part_that_only_the_damaged_manifest_knows_is_not_left_out(directory, checkpoint, layout):
     flip(directory / "sepweight.json", 300)
     damaged = contents(directory)

@@ -25,7 +25,8 @@ from llm_sepweight._writing import write_bytes
 def mend_manifest(directory: Path, damage: Damage, source: StoreSource, progress: Progress | None) -> list[Damage]:
     """The damage of a manifest, and those of files that are not what the source has; all are repaired, or nothing is.
 
-    A file that is here is replaced only if its checksum at the source still stands in the damaged manifest.
+    A file is written only if its checksum at the source still stands in the damaged manifest; where there is none at
+    all, one that is missing is written, too.
     """
     rest = _rest_of(directory / MANIFEST)
     dtype, everything = _as_it_was_split(directory, source)
@@ -49,10 +50,11 @@ def mend_manifest(directory: Path, damage: Damage, source: StoreSource, progress
     expected |= {name: (None, info) for name, info in files.items()}
     for name, (part, info) in expected.items():
         problem = _problem(directory / name, info)
-        if problem and (directory / name).exists() and info.checksum.encode() not in rest:
-            hopeless.append(Damage(name, f"{problem} at the source, and the manifest cannot tell which is right", part))
+        if problem and (rest or (directory / name).exists()) and info.checksum.encode() not in rest:
+            doubt = "which is right" if (directory / name).exists() else "whether the source has what was in it"
+            hopeless.append(Damage(name, f"{problem}, and the manifest cannot tell {doubt}", part))
         elif problem:
-            damaged.append(Damage(name, f"{problem} at the source", part))
+            damaged.append(Damage(name, problem, part))
     if hopeless:
         return [damage, *damaged, *hopeless]
     for each in damaged:
@@ -124,10 +126,10 @@ def _at_the_source(
 
 
 def _problem(path: Path, info: FileInfo) -> str:
-    """What is wrong with a file, if it is not this; empty where it is."""
+    """What is wrong with a file, if it is not this one of the source; empty where it is."""
     try:
         if (found := size_of(path)) != info.nbytes:
-            return f"{found} bytes here, but {info.nbytes}"
-        return "" if file_checksum(path) == info.checksum else "the contents are others than"
+            return f"{found} bytes here, but {info.nbytes} at the source"
+        return "" if file_checksum(path) == info.checksum else "the contents are others than at the source"
     except WeightError as error:
         return error.problem
