@@ -178,6 +178,38 @@ def test_a_missing_part_is_not_taken_from_another_model(directory, checkpoint, t
     assert contents(directory) == whole
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        lambda manifest: manifest[:200],
+        lambda manifest: b"",
+        lambda manifest: bytes(len(manifest)),
+        lambda manifest: manifest.replace(b'"mid.00001.safe', b'"mid.00011.safe'),
+    ],
+    ids=["cut", "empty", "zeros", "misspelt"],
+)
+def test_a_missing_layer_is_not_left_out_of_a_new_manifest(directory, checkpoint, layout, damaged):
+    name = "mid.00001"
+    manifest = directory / "sepweight.json"
+    manifest.write_bytes(damaged(manifest.read_bytes()))
+    (directory / f"{name}.safetensors").unlink()
+    before = contents(directory)
+    _, found = verify(directory, source=checkpoint, layout=layout)
+    assert (found.file, found.repaired) == (f"{name}.safetensors", False)
+    assert "the file is missing, and the manifest cannot tell whether it was here" in found.problem
+    assert contents(directory) == before
+
+
+def test_a_manifest_that_names_all_its_parts_is_mended_without_those_between(checkpoint, layout, tmp_path):
+    llm_sepweight.split(checkpoint, tmp_path / "some", layout=layout, spec="b 1:2 e")
+    whole = contents(tmp_path / "some")
+    manifest = tmp_path / "some" / "sepweight.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"tool": "llm', b'"tool": "lln'))
+    (found,) = verify(tmp_path / "some", source=checkpoint, layout=layout)
+    assert found.repaired
+    assert contents(tmp_path / "some") == whole
+
+
 def test_a_part_that_only_the_damaged_manifest_knows_is_not_left_out(directory, checkpoint, layout):
     flip(directory / "sepweight.json", 300)
     damaged = contents(directory)

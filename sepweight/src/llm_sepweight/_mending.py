@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from llm_sepweight._catalog import read_limited, size_of
+from llm_sepweight._catalog import parse_json, read_limited, size_of
 from llm_sepweight._checksum import checksum
 from llm_sepweight._copying import Progress, checksums, nbytes_of, write_files
 from llm_sepweight._damage import Damage, file_checksum
@@ -46,6 +46,9 @@ def mend_manifest(directory: Path, damage: Damage, source: StoreSource, progress
             if _names(rest, path.name) and path.name not in {each.file for each in parts.values()} | files.keys()
         ],
     )
+    if not _names_all(rest, {each.file for each in everything.values()} | files.keys()):
+        problem = "the file is missing, and the manifest cannot tell whether it was here"
+        hopeless += [Damage(everything[part].file, problem, part) for part in _between(everything, here)]
     expected = {each.file: (part, done[part]) for part, each in parts.items()}
     expected |= {name: (None, info) for name, info in files.items()}
     for name, (part, info) in expected.items():
@@ -84,6 +87,23 @@ def _names(rest: bytes, file: str) -> bool:
 
 def _belongs(path: Path, rest: bytes) -> bool:
     return path.exists() or _names(rest, path.name)
+
+
+def _names_all(rest: bytes, known: Collection[str]) -> bool:
+    """Whether a damaged manifest is so far whole that a file which it does not name did not belong to it."""
+    try:
+        fields = parse_json(rest)
+        names = {*(entry["file"] for entry in fields["parts"].values()), *fields["files"]}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+    return names.issubset(known)  # else it may be one of these, misspelt
+
+
+def _between(everything: Iterable[str], here: Collection[str]) -> list[str]:
+    """The parts that lie between parts that are here, and are not here."""
+    order = list(everything)
+    places = [order.index(part) for part in here]
+    return [part for part in order[min(places) : max(places)] if part not in here]
 
 
 def _as_it_was_split(directory: Path, source: StoreSource) -> tuple[torch.dtype | None, dict[str, PlannedPart]]:
