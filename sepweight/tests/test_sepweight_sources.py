@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import llm_sepweight
 from llm_sepweight import WeightError
@@ -63,6 +64,38 @@ def test_a_damaged_copy_mends_no_manifest(directory, tmp_path, name):
     with pytest.raises(WeightError, match=f"contents are damaged.*copy/{name}"):
         llm_sepweight.verify(directory, source=tmp_path / "copy")
     assert not (directory / "sepweight.json").exists()
+
+
+def another_model(checkpoint: Path) -> None:
+    """Put shards of another model in the place of these, with the same sizes."""
+    for shard in checkpoint.glob("*.safetensors"):
+        save_file({key: tensor + 1 for key, tensor in load_file(shard).items()}, checkpoint / "other")
+        (checkpoint / "other").replace(shard)
+
+
+def test_a_store_that_is_open_does_not_mix_its_model_with_another(checkpoint, layout, tmp_path):
+    with llm_sepweight.open(checkpoint, layout) as weights:
+        weights.load("begin")
+        another_model(checkpoint)
+        for way in (llm_sepweight.split, llm_sepweight.export):
+            with pytest.raises(WeightError, match="source was changed meanwhile.*model-0000"):
+                way(weights, tmp_path / "new")
+            assert not (tmp_path / "new").exists()
+        assert weights.load("begin")  # of the file that was open
+        with pytest.raises(WeightError, match="file was changed since the store was opened.*model-00002.*Open the"):
+            weights.load("mid.00002")
+
+
+def test_a_model_that_is_replaced_while_it_is_opened_is_not_mixed(checkpoint, layout):
+    def replacing(key, config):  # called once all headers were read
+        if key == "embed.weight":
+            another_model(checkpoint)
+        return layout(key, config)
+
+    with llm_sepweight.open(checkpoint, replacing) as weights:
+        for part in weights.parts:
+            with pytest.raises(WeightError, match="file was changed since the store was opened"):
+                weights.load(part)
 
 
 def test_two_damaged_copies_repair_each_other(directory, tmp_path):

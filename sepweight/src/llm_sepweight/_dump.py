@@ -22,6 +22,7 @@ from llm_sepweight._journal import read_journal
 from llm_sepweight._manifest import MANIFEST
 from llm_sepweight._parts import check_not_needed, write_parts
 from llm_sepweight._source import StoreSource
+from llm_sepweight._states import states
 from llm_sepweight._store import WeightStore
 from llm_sepweight._writing import locked, naming
 
@@ -84,7 +85,7 @@ def _dump_stream(
         extents = _write_stage(stage, stream)
         parts = arrange(extents, layout, dict(config))
         sizes = {extent.file: Path(extent.file).stat().st_size for extent in extents}
-        with WeightStore(stage, Catalog(dict(config), parts, sizes)) as store:
+        with WeightStore(stage, Catalog(dict(config), parts, sizes), states=states(stage)) as store:
             source = _Stage(store)
             write_parts(source, directory, dtype=dtype, progress=progress, freeing=Freeing(source))
     finally:

@@ -27,12 +27,22 @@ Job = Callable[[], None]
 class Reader:
     """The files of a store. All methods but `close` may be called by several threads at once.
 
-    checksums: of the files that are to be checked when they are first read.
+    states: what the files must still be. checksums: of those that are to be checked when they are first read.
     """
 
-    def __init__(self, path: Path, file_sizes: Mapping[str, int], checksums: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        file_sizes: Mapping[str, int],
+        states: Mapping[str, list[int]],
+        checksums: Mapping[str, str],
+    ) -> None:
         self._path = path
-        self.files = {file: WeightFile(file, size, self._say_buffered) for file, size in file_sizes.items()}
+        modified = {file: found[1] for file, found in states.items()}
+        self.files = {
+            file: WeightFile(file, size, self._say_buffered, modified=modified.get(file))
+            for file, size in file_sizes.items()
+        }
         self._checks = LazyChecks(checksums)
         self._open: dict[str, None] = {}  # those that may be open, the one used longest ago first
         self._lock = threading.Lock()

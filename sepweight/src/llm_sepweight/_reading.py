@@ -35,13 +35,16 @@ class WeightFile:
     """A file that is read in pieces by any number of threads; opened at the first of them.
 
     Where direct reads are not possible, `on_buffered(path)` is called, reads go through the page cache, and what they
-    leave there is dropped at once.
+    leave there is dropped at once. `size`, in bytes, and `modified`, in nanoseconds, are what it must have.
     """
 
-    def __init__(self, path: str, size: int, on_buffered: Callable[[str], None]) -> None:
+    def __init__(
+        self, path: str, size: int, on_buffered: Callable[[str], None], *, modified: int | None = None
+    ) -> None:
         self.path = path
         self.direct = True
         self.size = size
+        self._modified = modified
         self._on_buffered = on_buffered
         self._file: io.FileIO | None = None
         self._closed = False
@@ -112,10 +115,12 @@ class WeightFile:
                 file = io.FileIO(self.path)
         except OSError as error:
             raise WeightError(f"the file cannot be opened: {error.strerror}", file=self.path) from error
-        size = os.fstat(file.fileno()).st_size
-        if size != self.size:
+        status = os.fstat(file.fileno())
+        if status.st_size != self.size or self._modified not in (None, status.st_mtime_ns):
             file.close()
-            problem = f"the file was changed: {self.size} bytes when the store was opened, {size} now"
+            problem = f"the file was changed: {self.size} bytes when the store was opened, {status.st_size} now"
+            if status.st_size == self.size:
+                problem = "the file was changed since the store was opened"
             raise WeightError(problem, file=self.path, remedy="Open the store again.")
         return file
 

@@ -12,7 +12,7 @@ from llm_sepweight._checksum import checksum
 from llm_sepweight._errors import WeightError
 from llm_sepweight._lazy import LazyChecks
 from llm_sepweight._manifest import MANIFEST
-from llm_sepweight._states import sample, state
+from llm_sepweight._states import sample, states
 from llm_sepweight._store import WeightStore
 from llm_sepweight._writing import remove
 
@@ -70,7 +70,8 @@ class StoreSource:
         self.model = "" if store.manifest is None else store.manifest.model
         self.config = store.config
         self.parts: Mapping[str, Mapping[str, Entry]] = {part: store._part(part) for part in store.parts}
-        self._found = self._states()
+        self._found = dict(store._states)
+        self.check_unchanged()
         self._checks = LazyChecks(store._unchecked)
         self._checking = threading.Lock()  # one file at a time, for the memory that it takes
 
@@ -89,27 +90,23 @@ class StoreSource:
                 name = Path(extent.file).name
                 headers[name] = min(headers.get(name, extent.offset), extent.offset)
         return {
-            name: {"state": found, "sample": sample(self.store.path / name, headers.get(name, 0))}
-            for name, found in self._states().items()
+            Path(file).name: {"state": found, "sample": sample(Path(file), headers.get(Path(file).name, 0))}
+            for file, found in self._found.items()
         }
 
-    def _states(self) -> dict[str, list[int]]:
-        """That of each file that is there."""
-        return {file.name: state(file) for file in map(Path, self.store._reader.files) if file.exists()}
-
     def check_unchanged(self) -> None:
-        now = self._states()
-        for name, found in self._found.items():
-            if now.get(name) != found:
+        now = states(self.store.path)
+        for file, found in self._found.items():
+            if now.get(file) != found:
                 remedy = "Nothing of it was used; split again from a source that stays as it is."
-                raise WeightError("the source was changed meanwhile", file=self.store.path / name, remedy=remedy)
+                raise WeightError("the source was changed meanwhile", file=file, remedy=remedy)
 
     def release(self, file: str) -> None:
         """Remove a file of the source."""
         self.store._reader.files[file].close()
         if Path(file).exists():
             remove(Path(file))
-        self._found.pop(Path(file).name, None)
+        self._found.pop(file, None)
 
     def companions(self) -> dict[str, bytes]:
         return {name: self.companion(name) for name in self.companion_names()}

@@ -15,6 +15,7 @@ from llm_sepweight._journal import read_journal
 from llm_sepweight._manifest import MANIFEST, read_manifest
 from llm_sepweight._parts import write_parts
 from llm_sepweight._source import StoreSource
+from llm_sepweight._states import states
 from llm_sepweight._store import WeightStore, open
 from llm_sepweight._writing import locked
 
@@ -68,7 +69,9 @@ def _opened(
     journal = read_journal(directory) if in_place else None
     if journal is None or "catalog" not in journal.plan:
         return open(source, layout)
-    return WeightStore(Path(source), catalog_from_json(journal.plan["catalog"], Path(source)))  # some files are gone
+    path = Path(source)
+    catalog = catalog_from_json(journal.plan["catalog"], path)  # some of its files are gone
+    return WeightStore(path, catalog, states=states(path))
 
 
 def _was_done(source: object, directory: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,19 @@ def state(path: Path) -> list[int]:
     """Size, time of the last change of the contents and of anything, inode: no writer can set all of these back."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def states(directory: Path) -> dict[str, list[int]]:
+    """Those of the files in a directory, by path."""
+    try:
+        paths = list(directory.iterdir())
+    except OSError as error:
+        raise WeightError(f"the directory cannot be read: {error.strerror}", file=directory) from error
+    found: dict[str, list[int]] = {}
+    for path in paths:
+        with suppress(OSError):  # what has gone, or is a link to nowhere; who needs it will say so
+            found[str(path)] = state(path)
+    return found
 
 
 def sample(path: Path, header_nbytes: int) -> str:

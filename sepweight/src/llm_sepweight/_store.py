@@ -18,6 +18,7 @@ from llm_sepweight._manifest import MANIFEST, Manifest, read_directory
 from llm_sepweight._placing import RowGroup, in_place, place, row_groups
 from llm_sepweight._reader import THREADS, Reader
 from llm_sepweight._reading import PAGE, as_tensor, page_aligned, pages, whole_pages
+from llm_sepweight._states import states
 from llm_sepweight._writing import unfinished
 
 
@@ -45,22 +46,29 @@ def open(path: str | Path, layout: Layout | None = None, *, verify: str | None =
     directory = Path(path)
     if not directory.is_dir():
         raise WeightError("there is no such directory", file=directory, remedy="Check the path.")
+    before = states(directory)
     if (directory / MANIFEST).exists():
         manifest, catalog = read_directory(directory)
-        return WeightStore(directory, catalog, manifest, checked=verify == "lazy")
+        return WeightStore(directory, catalog, manifest, checked=verify == "lazy", states=before)
     if unfinished(directory):
         problem = "a split, fetch or export to this directory is not finished"
         raise WeightError(problem, file=directory, remedy="Run it again, as it was.")
     if verify is not None:
         raise WeightError("a checkpoint has no checksums to verify", file=directory, remedy="Split it first.")
-    return WeightStore(directory, read_checkpoint(directory, layout))
+    return WeightStore(directory, read_checkpoint(directory, layout), states=before)
 
 
 class WeightStore:
     """Weights by part. Made by `open`; all methods but `close` may be called by several threads at once."""
 
     def __init__(
-        self, path: Path, catalog: Catalog, manifest: Manifest | None = None, *, checked: bool = False
+        self,
+        path: Path,
+        catalog: Catalog,
+        manifest: Manifest | None = None,
+        *,
+        checked: bool = False,
+        states: Mapping[str, list[int]],
     ) -> None:
         self.path = path
         self.manifest = manifest  # None: a checkpoint
@@ -70,7 +78,8 @@ class WeightStore:
         self._entries = catalog.parts
         infos = () if manifest is None else manifest.parts.values()
         checksums = {str(path / info.file): info.checksum for info in infos}
-        self._reader = Reader(path, catalog.file_sizes, checksums if checked else {})
+        self._states = {file: states[file] for file in catalog.file_sizes if file in states}
+        self._reader = Reader(path, catalog.file_sizes, self._states, checksums if checked else {})
         self._unchecked = {} if checked else checksums
 
     def tensors(self, part: str) -> Mapping[str, TensorInfo]:
