@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import llm_sepweight
 from llm_sepweight import WeightError, _copying, _parts
@@ -332,6 +332,29 @@ def test_what_cannot_be_freed_is_refused_in_place(sharded, tmp_path, layout):
     with pytest.raises(WeightError, match="a link cannot be freed.*model-1"):
         llm_sepweight.split(sharded, tmp_path / "again", layout=layout, in_place=True)
     assert (sharded / "elsewhere").exists()
+
+
+def test_in_place_does_not_remove_a_tensor_that_the_index_leaves_out(sharded, tmp_path, layout):
+    index = sharded / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    left_out = {key: weight_map.pop(key) for key in ("layers.2.up.weight", "layers.2.down.weight")}
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    before = contents(sharded)
+    message = f"index leaves out this tensor.*{left_out['layers.2.up.weight']}, tensor layers.2.(up|down).weight.*Enter"
+    with pytest.raises(WeightError, match=message):
+        llm_sepweight.split(sharded, tmp_path / "split", layout=layout, in_place=True)
+    assert contents(sharded) == before
+    assert not (tmp_path / "split").exists()
+    llm_sepweight.split(sharded, tmp_path / "split", layout=layout)
+    index.write_text(json.dumps({"weight_map": weight_map | left_out}))
+    llm_sepweight.split(sharded, tmp_path / "in place", layout=layout, in_place=True)
+
+
+def test_a_second_copy_of_a_tensor_goes_with_its_file(sharded, tensors, tmp_path, layout):
+    dropped = load_file(sharded / "model-4.safetensors")
+    save_file(dropped | {"norm.weight": tensors["norm.weight"]}, sharded / "model-4.safetensors")
+    llm_sepweight.split(sharded, tmp_path / "split", layout=layout, in_place=True)
+    assert not list(sharded.glob("model*"))
 
 
 def test_a_shard_that_is_named_like_a_part_is_not_written_over(sharded, layout):

@@ -7,7 +7,7 @@ import math
 import re
 import stat
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,6 +75,7 @@ class Catalog:
     config: dict[str, Any]
     parts: dict[str, dict[str, Entry]]  # in the order of the model
     file_sizes: dict[str, int]
+    unlisted: dict[str, str] = field(default_factory=dict)  # by file, a tensor in it that the index leaves out
 
 
 def in_order(parts: Mapping[str, T]) -> dict[str, T]:
@@ -183,8 +184,8 @@ def parse_json(data: bytes, constant: Callable[[str], Any] = _not_json) -> dict[
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value: dict[str, Any] = {}
-    for name, field in pairs:
+    for name, item in pairs:
         if name in value:
             raise ValueError(f"{name!r} comes twice")
-        value[name] = field
+        value[name] = item
     return value

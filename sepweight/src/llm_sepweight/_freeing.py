@@ -25,6 +25,10 @@ class Freeing:
         self._takers: dict[str, set[str]] = {}
         if source.store.manifest is not None:
             raise WeightError("this is split already", file=source.store.path, remedy="Split it without in_place.")
+        for file, key in source.store.catalog.unlisted.items():
+            problem = "the index leaves out this tensor, which would be lost with its file"
+            remedy = "Enter it in the index, or split without in_place."
+            raise WeightError(problem, file=file, tensor=key, remedy=remedy)
         for file in map(Path, self._files):
             if file.is_symlink():
                 remedy = "Split it without in_place, and remove the cache's copy."
