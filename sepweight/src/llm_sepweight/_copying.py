@@ -16,6 +16,7 @@ from llm_sepweight._reading import PAGE, WeightFile, as_tensor, pages
 from llm_sepweight._writing import DirectWriter
 
 WINDOW = 8 << 20  # bytes
+SLICE = 2 << 20  # bytes of a window that are converted at a time
 THREADS = 4  # windows in memory
 AHEAD = 12  # windows that are handed out, so that no thread waits while a file is synced
 
@@ -49,13 +50,18 @@ def converted(piece: Piece, dtype: torch.dtype, to: torch.dtype) -> Piece:
     if dtype == to:
         return piece
 
+    count = SLICE // max(dtype.itemsize, to.itemsize)  # values at a time
+
     def copy(start: int, out: memoryview) -> None:
-        first, last = start // to.itemsize, -(-(start + len(out)) // to.itemsize)
-        memory = pages((last - first) * dtype.itemsize)[: (last - first) * dtype.itemsize]
-        piece.copy(first * dtype.itemsize, memory)
-        values = as_tensor(memory, 0, dtype, (last - first,)).to(to).view(torch.uint8).numpy()
-        skip = start - first * to.itemsize
-        out[:] = values[skip : skip + len(out)].data
+        memory, results = pages(count * dtype.itemsize), pages(count * to.itemsize)
+        end = start + len(out)
+        for first in range(start // to.itemsize, -(-end // to.itemsize), count):
+            last = min(first + count, -(-end // to.itemsize))
+            values, data = memory[: (last - first) * dtype.itemsize], results[: (last - first) * to.itemsize]
+            piece.copy(first * dtype.itemsize, values)
+            as_tensor(data, 0, to, (last - first,)).copy_(as_tensor(values, 0, dtype, (last - first,)))
+            at = first * to.itemsize - start  # in `out`, of which the first and the last value may be cut
+            out[max(at, 0) : at + len(data)] = data[max(-at, 0) : len(out) - at]
 
     return Piece(piece.nbytes // dtype.itemsize * to.itemsize, copy)
 
@@ -81,7 +87,7 @@ def write_files(
     """Write files one after the other; gives the checksum of each once it is on the disk under its name.
 
     advance: called with the size of each window once it is written. Closing the generator, or an error, leaves no
-    thread at work and no temporary file. Memory: THREADS windows, and what the pieces need for themselves.
+    thread at work and no temporary file. Memory: THREADS windows, and for each what a piece needs for itself.
     """
     return _in_windows((_File(contents, DirectWriter(path, nbytes_of(contents))) for path, contents in files), advance)
 

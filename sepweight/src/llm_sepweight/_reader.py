@@ -147,7 +147,7 @@ class Reader:
         file = self._used(sweep.file)
         if not self._checks.pending(file.path):
             return None
-        if sweep.offset + sweep.nbytes < file.size:  # this part reads only some of it
+        if sweep.offset > BOUNCE or sweep.offset + sweep.nbytes < file.size:  # this part reads only some of it
             with _at(part, None):
                 self._checks.check(file)
             return None

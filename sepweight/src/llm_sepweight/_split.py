@@ -40,7 +40,8 @@ def split(
 
     A matrix that belongs to two parts is stored once. The manifest comes last: without it, nothing there is complete.
     Interrupted, even by a crash, the same call goes on from the last complete part, and where all is done already it only
-    checks that. Memory: 4 windows of 8 MiB.
+    checks that. Memory: 4 windows of 8 MiB and 4 to 6 MiB for each, to gather and convert; for a split model as the
+    source 32 MiB more, to check it.
     Raises WeightError where the destination holds something else or is being written to, cannot be written, or the
     source is damaged (that of a split model is checked against its checksums) or changes meanwhile, and ValueError for a
     bad spec or dtype.
