@@ -50,13 +50,12 @@ def converted(piece: Piece, dtype: torch.dtype, to: torch.dtype) -> Piece:
     if dtype == to:
         return piece
 
-    count = SLICE // max(dtype.itemsize, to.itemsize)  # values at a time
-
     def copy(start: int, out: memoryview) -> None:
+        begin, end = start // to.itemsize, -(-(start + len(out)) // to.itemsize)
+        count = min(end - begin, SLICE // max(dtype.itemsize, to.itemsize))  # values at a time
         memory, results = pages(count * dtype.itemsize), pages(count * to.itemsize)
-        end = start + len(out)
-        for first in range(start // to.itemsize, -(-end // to.itemsize), count):
-            last = min(first + count, -(-end // to.itemsize))
+        for first in range(begin, end, count):
+            last = min(first + count, end)
             values, data = memory[: (last - first) * dtype.itemsize], results[: (last - first) * to.itemsize]
             piece.copy(first * dtype.itemsize, values)
             as_tensor(data, 0, to, (last - first,)).copy_(as_tensor(values, 0, dtype, (last - first,)))
