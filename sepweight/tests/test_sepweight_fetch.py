@@ -182,20 +182,88 @@ def test_an_interrupted_fetch_goes_on_where_it_was(kind, checkpoint, split, serv
     assert names_in(tmp_path / "node") == names_in(split)
 
 
-def test_what_an_interrupted_fetch_left_is_not_believed_once_the_source_is_another(
-    checkpoint, serve, layout, tensors, tmp_path
-):
+def interrupted(source: Path | str, spec: str, destination: Path, **how) -> dict[str, bytes]:
+    """Fetch until more than three quarters of the bytes are there; what the destination holds then."""
+
     def interrupt(done: int, total: int) -> None:
-        if done > total // 2:
+        if done > total * 3 // 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fetch(serve(checkpoint).url, "f", tmp_path / "node", layout=layout, progress=interrupt)
+        fetch(source, spec, destination, progress=interrupt, **how)
+    return {path.name: path.read_bytes() for path in destination.iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "split", "some parts"])
+@pytest.mark.parametrize("spec", ["b", "f"])
+def test_what_an_interrupted_fetch_left_is_not_written_over_once_the_source_is_another(
+    kind, spec, checkpoint, layout, tensors, tmp_path
+):
+    def source(name: str) -> Path:
+        if kind == "checkpoint":
+            return checkpoint
+        llm_sepweight.split(checkpoint, tmp_path / name, layout=layout, spec="f" if kind == "split" else "b 0:2 e")
+        return tmp_path / name
+
+    before = interrupted(source("first"), "f", tmp_path / "node", layout=layout)
+    assert "begin.safetensors" in before
     for shard in checkpoint.glob("*.safetensors"):
         save_file({key: -tensors[key] for key in keys_of(shard)}, shard)
-    llm_sepweight.split(checkpoint, tmp_path / "now", layout=layout)
-    fetch(serve(checkpoint).url, "f", tmp_path / "node", layout=layout)
-    assert_same_files(tmp_path / "node", tmp_path / "now", names_in(tmp_path / "now") - {"sepweight.json"})
+    with pytest.raises(WeightError, match="other weights here already.*begin.safetensors.*Choose another destination"):
+        fetch(source("second"), spec, tmp_path / "node", layout=layout)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "node").iterdir()} == before
+
+
+def test_of_another_model_less_than_a_file_is_begun_anew(checkpoint, split, layout, tensors, tmp_path):
+    def interrupt(done: int, total: int) -> None:
+        if done > 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch(split, "1:2", tmp_path / "node", progress=interrupt)
+    assert names_in(tmp_path / "node") == {".sepweight.fetch", ".mid.00001.safetensors.partial"}
+    for shard in checkpoint.glob("*.safetensors"):
+        save_file({key: -tensors[key] for key in keys_of(shard)}, shard)
+    fetch(checkpoint, "0:1", tmp_path / "node", layout=layout)
+    assert names_in(tmp_path / "node") == {"mid.00000.safetensors", "sepweight.json", "config.json", "tokenizer.json"}
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "split"])
+def test_an_interrupted_fetch_goes_on_after_another_of_the_same_model(kind, checkpoint, split, serve, layout, tmp_path):
+    server = serve({"checkpoint": checkpoint, "split": split}[kind])
+    left = interrupted(server.url, "f", tmp_path / "node", layout=layout, connections=1)
+    fetch(server.url, "b", tmp_path / "node", layout=layout)
+    with llm_sepweight.open(tmp_path / "node") as weights:
+        assert weights.parts == ("begin",)
+    assert left.keys() <= names_in(tmp_path / "node")
+    sent = server.sent
+    fetch(server.url, "f", tmp_path / "node", layout=layout)
+    total = sum(path.stat().st_size for path in split.glob("*.safetensors"))
+    overhead = 4096 + sum(len(path.read_bytes()) for path in server.directory.glob("*.json"))
+    assert server.sent - sent < total // 4 + 2 * overhead
+    assert names_in(tmp_path / "node") == names_in(split)
+    assert_same_files(tmp_path / "node", split, names_in(split) - {"sepweight.json"})
+
+
+def test_a_file_bears_its_name_only_once_the_record_of_it_is_on_the_disk(split, tmp_path, monkeypatch):
+    record, synced = tmp_path / "node" / ".sepweight.fetch", {}
+    real_sync, real_replace = os.fsync, os.replace
+
+    def sync(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        synced[path] = Path(path).read_bytes() if Path(path).is_file() else b""
+        real_sync(descriptor)
+
+    def replace(source: Path, destination: Path) -> None:
+        if destination.suffix == ".safetensors":
+            last = json.loads(synced[str(record)].splitlines()[-1])
+            assert (last["name"], last["nbytes"]) == (destination.name, source.stat().st_size)
+        real_replace(source, destination)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", replace)
+    fetch(split, "f", tmp_path / "node")
+    assert str(record) in synced
 
 
 def flip(data: bytes) -> bytes:

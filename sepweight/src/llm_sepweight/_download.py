@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 
-from llm_sepweight._catalog import parse_json
+from llm_sepweight._catalog import parse_json, plain_file_name
 from llm_sepweight._checksum import Checksum
 from llm_sepweight._copying import Contents, Progress, fill, nbytes_of
 from llm_sepweight._errors import WeightError
-from llm_sepweight._writing import check_room, naming, put_in_place, remove, temporary
+from llm_sepweight._writing import check_room, naming, put_in_place, remove, sync_directory, temporary, write_bytes
 
 WINDOW = 4 << 20  # bytes asked for at a time
 RECORD = ".sepweight.fetch"
@@ -46,13 +46,19 @@ class _Start:
 
 
 def download(
-    wanted: Sequence[Download], directory: Path, *, connections: int, stop: Callable[[], None], progress: Progress
+    wanted: Sequence[Download],
+    directory: Path,
+    *,
+    model: str,
+    connections: int,
+    stop: Callable[[], None],
+    progress: Progress,
 ) -> dict[str, str]:
     """Make the files, one after the other; gives their checksums. stop() makes reads under way end soon.
 
-    What an earlier run left is taken up as far as its record proves it right.
+    What an earlier run left of the same model is taken up as far as its record proves it right.
     """
-    record = _Record(directory / RECORD)
+    record = _Record(directory / RECORD, model)
     starts = {each.name: record.start(each) for each in wanted}
     done, total = sum(start.nbytes for start in starts.values()), sum(each.nbytes for each in wanted)
     check_room(directory, total - done)
@@ -80,6 +86,7 @@ def download(
                         record.add(each, reached, start.checksum)
                         progress(done, total)
                     _sync(file)
+                record.sync()
                 _finish(each, directory / each.name, start.checksum.text)
         except BaseException:
             stop()
@@ -89,32 +96,39 @@ def download(
     return {each.name: starts[each.name].checksum.text for each in wanted}
 
 
-def forget(directory: Path) -> None:
-    """Remove the record: all that it speaks of is in the manifest."""
-    remove(directory / RECORD)
+def forget(directory: Path, model: str, complete: Collection[str]) -> None:
+    """Drop from the record the files that are complete, and all that is of another model."""
+    _Record(directory / RECORD, model).forget(complete)
 
 
-def files_begun(directory: Path) -> set[str]:
-    """The files that an unfinished fetch to this directory has begun."""
-    return _Record(directory / RECORD).names
+def files_begun(directory: Path, model: str) -> set[str]:
+    """The files that unfinished fetches of this model to this directory have begun."""
+    return _Record(directory / RECORD, model).names
 
 
 class _Record:
-    """A line for each window that was written: of which file, how far it has come, the checksum of that much.
+    """A line for each window that was written: of which model and file, how far it has come, the checksum of that much.
 
-    It is not synced to the disk, since nothing in it is believed before the file's bytes agree with it.
+    Nothing in it is believed before the file's bytes agree with it. It is synced before a file gets its name: without its
+    lines the file would be somebody else's.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, model: str) -> None:
         self.path = path
+        self.model = model
         self._file: FileIO | None = None
         self._lines: dict[tuple[str, str], tuple[int, str]] = {}  # (name, of) -> (bytes, checksum): the last counts
+        self._others: set[str] = set()  # files that were begun of other models
         with naming(path):
             data = path.read_bytes() if path.exists() else b""
         for line in data.split(b"\n"):
             try:
                 fields = parse_json(line)
-                self._lines[fields["name"], fields["of"]] = fields["nbytes"], fields["checksum"]
+                name = plain_file_name(fields["name"], file=path)
+                if fields["model"] == model:
+                    self._lines[name, fields["of"]] = fields["nbytes"], fields["checksum"]
+                else:
+                    self._others.add(name)
             except (ValueError, KeyError, RecursionError):
                 continue  # cut short as its writer was killed
 
@@ -133,12 +147,32 @@ class _Record:
         return _Start()
 
     def add(self, each: Download, nbytes: int, checksum: Checksum) -> None:
-        fields = {"name": each.name, "of": each.of, "nbytes": nbytes, "checksum": checksum.text}
+        self._lines[each.name, each.of] = nbytes, checksum.text
         with naming(self.path):
             if self._file is None:
                 self._file = FileIO(self.path, "a")
                 self._file.write(b"\n")  # ends a line that was cut short
-            self._file.write(json.dumps(fields).encode() + b"\n")
+            self._file.write(self._line(each.name, each.of))
+
+    def sync(self) -> None:
+        """Make what was added last."""
+        if self._file is not None:
+            with naming(self.path):
+                os.fsync(self._file.fileno())
+                sync_directory(self.path.parent)
+
+    def forget(self, complete: Collection[str]) -> None:
+        for name in self._others - self.names:
+            remove(temporary(self.path.with_name(name)))
+        if lines := [self._line(name, of) for name, of in self._lines if name not in complete]:
+            write_bytes(self.path, b"".join(lines))
+        else:
+            remove(self.path)
+
+    def _line(self, name: str, of: str) -> bytes:
+        nbytes, checksum = self._lines[name, of]
+        fields = {"model": self.model, "name": name, "of": of, "nbytes": nbytes, "checksum": checksum}
+        return json.dumps(fields).encode() + b"\n"
 
     def __enter__(self) -> _Record:
         return self

@@ -51,6 +51,11 @@ class Found:
     downloads: dict[str, Download]
     companions: dict[str, FileInfo | None]
 
+    @property
+    def model(self) -> str:
+        """What nothing but this model has: where its manifest gives it no name, all that the source holds of it."""
+        return self.manifest.model or checksum("\n".join(info.checksum for info in self.offered.values()).encode())
+
 
 def fetch(
     source: str | Path,
@@ -99,6 +104,7 @@ def fetch(
             checksums = download(
                 list(missing.values()),
                 directory,
+                model=found.model,
                 connections=connections,
                 stop=remote.stop,
                 progress=progress or (lambda done, total: None),
@@ -112,7 +118,7 @@ def fetch(
             data = manifest.to_bytes()
             parse_manifest(data, directory / MANIFEST)
             write_bytes(directory / MANIFEST, data)
-            forget(directory)
+            forget(directory, found.model, [info.file for info in manifest.parts.values()])
 
 
 def _find(remote: Remote, spec: str, layout: Layout | None, pool: ThreadPoolExecutor) -> Found:
@@ -264,8 +270,8 @@ def _here(directory: Path, found: Found, remote: Remote) -> Manifest:
 
 
 def _check_free(directory: Path, here: Manifest, found: Found, remote: Remote) -> None:
-    """Raises WeightError where the destination holds weights, or small files, that no fetch to it wrote."""
-    written = files_begun(directory)
+    """Raises WeightError where the destination holds weights, or small files, that no fetch of this model to it wrote."""
+    written = files_begun(directory, found.model)
     check_no_weights(directory, {MANIFEST, *(info.file for info in here.parts.values()), *here.files, *written})
     if not written:
         others = [name for name in found.companions if name not in here.files and (directory / name).exists()]
