@@ -86,6 +86,35 @@ def test_memory_of_one_dict_after_the_other_may_be_the_same(tmp_path):
         assert [weights.load(part)["x"][0].item() for part in weights.parts] == [0, 1, 2]
 
 
+def interrupt(done: int, total: int) -> None:
+    if done > total * 3 // 4:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("first", ["split", "dump of another", "dump of the same"])
+def test_what_was_begun_is_written_over_by_the_same_dump_alone(
+    checkpoint, layout, tensors, expected, tmp_path, monkeypatch, first, stream
+):
+    monkeypatch.setattr("llm_sepweight._copying.WINDOW", 4096)
+    state = {key: tensor for key, tensor in tensors.items() if first == "dump of the same" or "layers.2" not in key}
+    with pytest.raises(KeyboardInterrupt):
+        if first == "split":
+            llm_sepweight.split(checkpoint, tmp_path / "new", layout=layout, progress=interrupt)
+        else:
+            dump([state] if stream else state, tmp_path / "new", config=CONFIG, layout=layout, progress=interrupt)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
+    assert {"begin.safetensors", ".sepweight.journal"} <= before.keys()
+    again = [tensors] if stream else tensors
+    if first == "dump of the same":
+        dump(again, tmp_path / "new", config=CONFIG, layout=layout)
+        assert_holds(tmp_path / "new", expected)
+    else:
+        with pytest.raises(WeightError, match="there are other weights here already.*begin.safetensors"):
+            dump(again, tmp_path / "new", config=CONFIG, layout=layout)
+        assert {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()} == before
+
+
 SLOW = """
 import sys, torch, llm_sepweight
 

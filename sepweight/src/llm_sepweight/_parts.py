@@ -44,7 +44,8 @@ def write_parts(
     fingerprint = source.fingerprint()
     complete = (directory / MANIFEST).exists()
     journal = read_journal(directory)
-    begun = journal is not None
+    same_dump = {"identity": order["identity"], "fingerprint": None}
+    begun = journal is not None and journal.plan == {**journal.plan, **same_dump}
     if fingerprint is None:
         check_not_needed(journal)
         journal = None
