@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -98,11 +99,11 @@ def test_what_was_begun_is_written_over_by_the_same_dump_alone(
 ):
     monkeypatch.setattr("llm_sepweight._copying.WINDOW", 4096)
     state = {key: tensor for key, tensor in tensors.items() if first == "dump of the same" or "layers.2" not in key}
+    begin = partial(dump, [state] if stream else state, config=CONFIG)
+    if first == "split":
+        begin = partial(llm_sepweight.split, checkpoint)
     with pytest.raises(KeyboardInterrupt):
-        if first == "split":
-            llm_sepweight.split(checkpoint, tmp_path / "new", layout=layout, progress=interrupt)
-        else:
-            dump([state] if stream else state, tmp_path / "new", config=CONFIG, layout=layout, progress=interrupt)
+        begin(tmp_path / "new", layout=layout, progress=interrupt)
     before = {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
     assert {"begin.safetensors", ".sepweight.journal"} <= before.keys()
     again = [tensors] if stream else tensors

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -184,6 +187,48 @@ def test_whichever_file_a_server_withholds_is_named(split, serve, layout, tmp_pa
     where = server.url if (name, number) == ("sepweight.json", 404) else f"{server.url}/{name}"
     assert error.value.file == where
     assert not (tmp_path / "node/sepweight.json").exists()
+
+
+def ask_for_all(server, trick: Trick, destination: Path, layout, error: type[BaseException]) -> None:
+    """Fetch from a server that then answers no more, until this error; it comes before the server has to let go."""
+    go_on = threading.Event()
+
+    def hang(request) -> bool:
+        if not trick(request):
+            return False
+        go_on.wait(20)
+        request.close_connection = True
+        return True
+
+    server.trick = hang
+    start = time.monotonic()
+    with pytest.raises(error):
+        fetch(server.url, "f", destination, layout=layout)
+    assert time.monotonic() - start < 10
+    go_on.set()
+
+
+@pytest.mark.parametrize("hangs", [wants_weights, lambda request: "Range" in request.headers])
+def test_a_fetch_that_is_interrupted_waits_for_no_server(source, serve, layout, tmp_path, hangs):
+    asked, main = itertools.count(1), threading.get_ident()
+
+    def trick(request) -> bool:
+        if hangs(request) and next(asked) == 2:
+            time.sleep(0.1)  # the main thread waits for what it asked for
+            signal.pthread_kill(main, signal.SIGINT)
+        return hangs(request)
+
+    ask_for_all(serve(source), trick, tmp_path / "node", layout, KeyboardInterrupt)
+
+
+def test_a_fetch_that_fails_waits_for_no_server(split, serve, layout, tmp_path):
+    def trick(request) -> bool:
+        if wants_weights(request) and (request.name, span(request)[0]) == ("begin.safetensors", 0):
+            time.sleep(0.1)  # others have been asked for
+            return request.answer(404) is not None
+        return wants_weights(request)
+
+    ask_for_all(serve(split), trick, tmp_path / "node", layout, WeightError)
 
 
 def fails_at_first(times: int, answer: Callable[..., None]) -> Trick:

@@ -6,7 +6,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import FileIO
@@ -50,11 +50,11 @@ def download(
     directory: Path,
     *,
     model: str,
-    connections: int,
-    stop: Callable[[], None],
+    pool: ThreadPoolExecutor,
+    at_once: int,
     progress: Progress,
 ) -> dict[str, str]:
-    """Make the files, one after the other; gives their checksums. stop() makes reads under way end soon.
+    """Make the files, one after the other; gives their checksums. at_once: windows that are handed to the pool.
 
     What an earlier run left of the same model is taken up as far as its record proves it right.
     """
@@ -62,37 +62,31 @@ def download(
     starts = {each.name: record.start(each) for each in wanted}
     done, total = sum(start.nbytes for start in starts.values()), sum(each.nbytes for each in wanted)
     check_room(directory, total - done)
-    with ThreadPoolExecutor(connections, thread_name_prefix="llm_sepweight fetch") as pool, record:
-        windows = (
-            (each.contents, offset, min(WINDOW, each.nbytes - offset))
-            for each in wanted
-            for offset in range(starts[each.name].nbytes, each.nbytes, WINDOW)
-        )
-        arriving = _in_order(pool, windows, at_once=2 * connections)
-        try:
-            progress(done, total)
-            for each in wanted:
-                start = starts[each.name]
-                if start.in_place:
-                    continue
-                with _opened(temporary(directory / each.name), start.nbytes) as file:
-                    reached = start.nbytes
-                    while reached < each.nbytes:
-                        data = next(arriving)
-                        _write(file, data)
-                        start.checksum.update(data)
-                        reached += len(data)
-                        done += len(data)
-                        record.add(each, reached, start.checksum)
-                        progress(done, total)
-                    _sync(file)
-                record.sync()
-                _finish(each, directory / each.name, start.checksum.text)
-        except BaseException:
-            stop()
-            raise
-        finally:
-            arriving.close()
+    windows = (
+        (each.contents, offset, min(WINDOW, each.nbytes - offset))
+        for each in wanted
+        for offset in range(starts[each.name].nbytes, each.nbytes, WINDOW)
+    )
+    arriving = _in_order(pool, windows, at_once)
+    with record:
+        progress(done, total)
+        for each in wanted:
+            start = starts[each.name]
+            if start.in_place:
+                continue
+            with _opened(temporary(directory / each.name), start.nbytes) as file:
+                reached = start.nbytes
+                while reached < each.nbytes:
+                    data = next(arriving)
+                    _write(file, data)
+                    start.checksum.update(data)
+                    reached += len(data)
+                    done += len(data)
+                    record.add(each, reached, start.checksum)
+                    progress(done, total)
+                _sync(file)
+            record.sync()
+            _finish(each, directory / each.name, start.checksum.text)
     return {each.name: starts[each.name].checksum.text for each in wanted}
 
 
@@ -183,19 +177,16 @@ class _Record:
 
 
 def _in_order(
-    pool: ThreadPoolExecutor, windows: Iterator[tuple[Contents, int, int]], *, at_once: int
+    pool: ThreadPoolExecutor, windows: Iterator[tuple[Contents, int, int]], at_once: int
 ) -> Generator[bytearray, None, None]:
     """The bytes of the windows, in their order, while later ones are on the way."""
     under_way: deque[Future[bytearray]] = deque()
-    try:
-        for window in windows:
-            under_way.append(pool.submit(_read, *window))
-            if len(under_way) == at_once:
-                yield under_way.popleft().result()
-        while under_way:
+    for window in windows:
+        under_way.append(pool.submit(_read, *window))
+        if len(under_way) == at_once:
             yield under_way.popleft().result()
-    finally:
-        wait([future for future in under_way if not future.cancel()])
+    while under_way:
+        yield under_way.popleft().result()
 
 
 def _read(contents: Contents, start: int, nbytes: int) -> bytearray:

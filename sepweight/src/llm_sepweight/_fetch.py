@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,11 +91,11 @@ def fetch(
     directory = Path(destination)
     if Path(source).is_dir() and directory.is_dir() and directory.samefile(source):
         raise WeightError("source and destination are the same", file=directory, remedy="Choose another destination.")
-    with open_remote(
-        str(source), headers=headers or {}, timeout=timeout, retries=retries, connections=connections
-    ) as remote:
-        with ThreadPoolExecutor(connections, thread_name_prefix="llm_sepweight ask") as pool:
-            found = _find(remote, spec, layout, pool)
+    with (
+        open_remote(str(source), headers=headers or {}, timeout=timeout, retries=retries) as remote,
+        _asking(remote, connections) as pool,
+    ):
+        found = _find(remote, spec, layout, pool)
         with locked(directory):
             here = _here(directory, found, remote)
             _check_free(directory, here, found, remote)
@@ -105,8 +106,8 @@ def fetch(
                 list(missing.values()),
                 directory,
                 model=found.model,
-                connections=connections,
-                stop=remote.stop,
+                pool=pool,
+                at_once=2 * connections,
                 progress=progress or (lambda done, total: None),
             )
             files = here.files | _get_companions(remote, directory, found, here)
@@ -119,6 +120,18 @@ def fetch(
             parse_manifest(data, directory / MANIFEST)
             write_bytes(directory / MANIFEST, data)
             forget(directory, found.model, [info.file for info in manifest.parts.values()])
+
+
+@contextmanager
+def _asking(remote: Remote, connections: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that ask the source; after an error, or Ctrl-C, what they are at is stopped."""
+    with ThreadPoolExecutor(connections, thread_name_prefix="llm_sepweight fetch") as pool:
+        try:
+            yield pool
+        except BaseException:
+            remote.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _find(remote: Remote, spec: str, layout: Layout | None, pool: ThreadPoolExecutor) -> Found:

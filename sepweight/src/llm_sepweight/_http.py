@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import httpx2
@@ -24,22 +27,34 @@ OURS = {"accept-encoding", "range", "if-range"}  # headers that nobody else sets
 class HttpRemote(Remote):
     """Files below a URL, on a server that does ranges (RFC 9110, 14)."""
 
-    def __init__(self, url: str, headers: Mapping[str, str], *, timeout: float, retries: int, connections: int) -> None:
+    def __init__(self, url: str, headers: Mapping[str, str], *, timeout: float, retries: int) -> None:
         super().__init__(shown(url), timeout=timeout, retries=retries)
         self._url = urlsplit(url)
         self._given = {name.lower() for name in headers} - {*OURS, "host"}  # of which each origin has its own
+        self._headers = {**{name: headers[name] for name in headers if name.lower() not in OURS}, **PLAIN}
+        self._certificates = httpx2.create_ssl_context()
+        self._own = threading.local()
+        self._lines: list[_Line] = []  # of all threads
         try:
-            self._client = httpx2.Client(
-                headers={**{name: headers[name] for name in headers if name.lower() not in OURS}, **PLAIN},
-                timeout=timeout,
-                limits=httpx2.Limits(max_connections=connections),
+            self._line()
+            self._origin = _origin(httpx2.URL(url))
+        except ValueError as error:
+            raise WeightError(f"the headers cannot be sent: {error}", file=self.name) from None
+
+    def _line(self) -> _Line:
+        """The calling thread's own."""
+        if not hasattr(self._own, "line"):
+            client = httpx2.Client(
+                headers=self._headers,
+                timeout=self.timeout,
+                verify=self._certificates,
                 follow_redirects=True,
                 max_redirects=REDIRECTS,
                 event_hooks={"request": [self._keep_to_ourselves]},
             )
-            self._origin = _origin(httpx2.URL(url))
-        except ValueError as error:
-            raise WeightError(f"the headers cannot be sent: {error}", file=self.name) from None
+            self._own.line = _Line(client, self._stopped)
+            self._lines.append(self._own.line)
+        return self._own.line
 
     def _keep_to_ourselves(self, request: httpx2.Request) -> None:
         """Drop from a request to wherever the server redirects what the caller meant for the server."""
@@ -53,8 +68,14 @@ class HttpRemote(Remote):
     def still(self, file: RemoteFile) -> None:
         pass  # the version of every answer is compared
 
+    def stop(self) -> None:
+        super().stop()
+        for line in self._lines:
+            line.cut()
+
     def close(self) -> None:
-        self._client.close()
+        for line in self._lines:
+            line.client.close()
 
     def _small(self, name: str) -> bytes | None:
         with self._answer(name, {}) as response:
@@ -86,8 +107,9 @@ class HttpRemote(Remote):
     @contextmanager
     def _answer(self, name: str, headers: dict[str, str]) -> Iterator[httpx2.Response]:
         """The answer to one request, its body still to be read. What is wrong with the way there is PassingError."""
+        line = self._line()
         try:
-            with self._client.stream("GET", self._url_of(name), headers=headers) as response:
+            with line.ask(self._url_of(name), headers) as response:
                 chain = [step.url.scheme for step in (*response.history, response)]
                 if "http" in chain[chain.index("https") :] if "https" in chain else False:
                     remedy = "Ask whoever runs the server."
@@ -171,10 +193,36 @@ class HttpRemote(Remote):
             raise PassingError(problem, file=self.where(name))
 
 
+class _Line:
+    """What one thread asks with. Another can cut it: closing a socket would not wake up who waits for it."""
+
+    def __init__(self, client: httpx2.Client, stopped: threading.Event) -> None:
+        self.client = client
+        self._stopped = stopped
+        self._sockets: list[socket.socket] = []
+
+    def ask(self, url: str, headers: Mapping[str, str]) -> AbstractContextManager[httpx2.Response]:
+        return self.client.stream("GET", url, headers=headers, extensions={"trace": self._happens})
+
+    def cut(self) -> None:
+        """End what the thread waits for, with an error."""
+        for each in self._sockets:
+            with suppress(OSError):  # it is closed
+                socket.socket.shutdown(each, socket.SHUT_RDWR)
+
+    def _happens(self, event: str, info: Mapping[str, Any]) -> None:
+        """Called by the client at each step of a request."""
+        if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            opened = info["return_value"].get_extra_info("socket")
+            self._sockets = [*(each for each in self._sockets if each.fileno() >= 0), opened]
+            if self._stopped.is_set():
+                self.cut()
+
+
 class HubRemote(HttpRemote):
     """A model on the Hugging Face hub, hf://owner/name or hf://owner/name@revision, at one commit."""
 
-    def __init__(self, uri: str, headers: Mapping[str, str], *, timeout: float, retries: int, connections: int) -> None:
+    def __init__(self, uri: str, headers: Mapping[str, str], *, timeout: float, retries: int) -> None:
         import huggingface_hub
         from huggingface_hub.utils import build_hf_headers
 
@@ -190,9 +238,7 @@ class HubRemote(HttpRemote):
         self._names = [file.rfilename for file in info.siblings or []]
         probe = huggingface_hub.hf_hub_url(repo.id, "x", revision=info.sha)
         url = probe.removesuffix("/x")
-        super().__init__(
-            url, {**build_hf_headers(), **headers}, timeout=timeout, retries=retries, connections=connections
-        )
+        super().__init__(url, {**build_hf_headers(), **headers}, timeout=timeout, retries=retries)
         self.name = f"hf://{repo.id}@{info.sha}"
 
     def names(self) -> Sequence[str]:

@@ -87,6 +87,8 @@ class Remote(ABC):
 
     def _patiently(self, attempt: Callable[[], T]) -> T:
         for tries in range(1, self.retries + 2):
+            if self._stopped.is_set():
+                raise WeightError("stopped", file=self.name)
             try:
                 return attempt()
             except PassingError as error:
@@ -104,9 +106,7 @@ class Remote(ABC):
 
 
 @contextmanager
-def open_remote(
-    source: str, *, headers: Mapping[str, str], timeout: float, retries: int, connections: int
-) -> Iterator[Remote]:
+def open_remote(source: str, *, headers: Mapping[str, str], timeout: float, retries: int) -> Iterator[Remote]:
     """The source that a URL or path names. Raises WeightError where a library for it is missing or it cannot be reached."""
     try:
         scheme = urlsplit(source).scheme if "://" in source else "file"
@@ -116,11 +116,11 @@ def open_remote(
         if scheme in ("http", "https"):
             from llm_sepweight._http import HttpRemote
 
-            opened: Remote = HttpRemote(source, headers, timeout=timeout, retries=retries, connections=connections)
+            opened: Remote = HttpRemote(source, headers, timeout=timeout, retries=retries)
         elif scheme == "hf":
             from llm_sepweight._http import HubRemote
 
-            opened = HubRemote(source, headers, timeout=timeout, retries=retries, connections=connections)
+            opened = HubRemote(source, headers, timeout=timeout, retries=retries)
         else:
             opened = FileSystemRemote(source, timeout=timeout, retries=retries)
     except ImportError as error:
