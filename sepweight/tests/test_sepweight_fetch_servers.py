@@ -133,6 +133,15 @@ def trickling(request) -> None:
         time.sleep(0.05)
 
 
+def trickling_headers(request) -> None:
+    request.wfile.write(b"HTTP/1.1 206 Partial Content\r\nX-More: ")
+    for _ in range(30):
+        request.wfile.write(b"x")
+        time.sleep(0.05)
+    request.wfile.write(b"\r\n")
+    request.serve()
+
+
 def status(number: int) -> Callable[..., None]:
     return lambda request: request.answer(number)
 
@@ -155,6 +164,7 @@ def in_a_circle(request) -> None:
         (only_if_asked_for_weights(another_version), "changed at the source while it was read"),
         (only_if_asked_for_weights(closing_early), "the connection failed: .*; given up after 2 tries"),
         (only_if_asked_for_weights(silent), "no answer for 0.3 s; given up after 2 tries"),
+        (only_if_asked_for_weights(trickling_headers), "no answer for 0.3 s; given up after 2 tries"),
         (only_if_asked_for_weights(trickling), "the server stalls: .* bytes in 0.3 s; given up after 2 tries"),
         (only_if_asked_for_weights(status(500)), "500 Internal Server Error; given up after 2 tries.*Try again later"),
         (only_if_asked_for_weights(status(503)), "503 Service Unavailable; given up after 2 tries"),

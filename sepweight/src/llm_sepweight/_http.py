@@ -52,7 +52,7 @@ class HttpRemote(Remote):
                 max_redirects=REDIRECTS,
                 event_hooks={"request": [self._keep_to_ourselves]},
             )
-            self._own.line = _Line(client, self._stopped)
+            self._own.line = _Line(client, self.timeout, self._stopped)
             self._lines.append(self._own.line)
         return self._own.line
 
@@ -121,7 +121,8 @@ class HttpRemote(Remote):
         except httpx2.TimeoutException as error:
             raise PassingError(f"no answer for {self.timeout:g} s", file=self.where(name)) from error
         except (httpx2.NetworkError, httpx2.RemoteProtocolError, httpx2.ProxyError) as error:
-            raise PassingError(f"the connection failed: {words(error)}", file=self.where(name)) from error
+            problem = f"no answer for {self.timeout:g} s" if line.late else f"the connection failed: {words(error)}"
+            raise PassingError(problem, file=self.where(name)) from error
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             problem = f"cannot be asked for: {words(error)}"
             raise WeightError(problem, file=self.where(name), remedy="Check the URL.") from error
@@ -196,12 +197,16 @@ class HttpRemote(Remote):
 class _Line:
     """What one thread asks with. Another can cut it: closing a socket would not wake up who waits for it."""
 
-    def __init__(self, client: httpx2.Client, stopped: threading.Event) -> None:
+    def __init__(self, client: httpx2.Client, timeout: float, stopped: threading.Event) -> None:
         self.client = client
+        self.late = False  # whether the headers of an answer were
+        self._timeout = timeout
+        self._timer: threading.Timer | None = None
         self._stopped = stopped
         self._sockets: list[socket.socket] = []
 
     def ask(self, url: str, headers: Mapping[str, str]) -> AbstractContextManager[httpx2.Response]:
+        self.late = False
         return self.client.stream("GET", url, headers=headers, extensions={"trace": self._happens})
 
     def cut(self) -> None:
@@ -217,6 +222,16 @@ class _Line:
             self._sockets = [*(each for each in self._sockets if each.fileno() >= 0), opened]
             if self._stopped.is_set():
                 self.cut()
+        elif event.endswith(".receive_response_headers.started"):  # of which each byte resets the client's own timeout
+            self._timer = threading.Timer(self._timeout, self._be_late)
+            self._timer.daemon = True
+            self._timer.start()
+        elif ".receive_response_headers." in event and self._timer is not None:
+            self._timer.cancel()
+
+    def _be_late(self) -> None:
+        self.late = True
+        self.cut()
 
 
 class HubRemote(HttpRemote):
