@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import llm_sepweight
-from llm_sepweight import WeightError
+from llm_sepweight import WeightError, _copying
 
 Write = Callable[[Path], None]
 WAYS = ("split", "split in place", "dump", "dump a stream", "fetch", "fetch from a checkpoint", "export")
@@ -95,6 +95,31 @@ def test_an_export_that_was_interrupted_begins_anew_and_leaves_nothing_else(chec
     assert {path.name for path in (tmp_path / "back").iterdir()} == {
         "model.safetensors", "config.json", "tokenizer.json",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("limit", [20_000, 5_000_000_000])
+def test_what_was_put_where_an_export_was_interrupted_stays(checkpoint, layout, tmp_path, limit, monkeypatch):
+    monkeypatch.setattr(_copying, "WINDOW", 4096)
+    llm_sepweight.split(checkpoint, tmp_path / "split", layout=layout)
+    back = tmp_path / "back"
+
+    def stop(done: int, total: int) -> None:
+        if done > total * 3 // 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        llm_sepweight.export(tmp_path / "split", back, max_shard_nbytes=limit, progress=stop)
+    finished = sorted(path.name for path in back.glob("model*"))
+    assert bool(finished) == (limit == 20_000)
+    own = finished[0] if finished else "model.safetensors"
+    mine = b"m" * (back / own).stat().st_size if (back / own).exists() else b"mine"
+    (back / own).write_bytes(mine)
+    with pytest.raises(WeightError, match=f"other weights here already.*{own}"):
+        llm_sepweight.export(tmp_path / "split", back, max_shard_nbytes=limit)
+    assert (back / own).read_bytes() == mine
+    (back / own).unlink()
+    llm_sepweight.export(tmp_path / "split", back)
+    assert {path.name for path in back.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
 
 
 def test_parts_beside_those_of_the_manifest_are_not_written_over_by_a_later_fetch(checkpoint, layout, tmp_path):

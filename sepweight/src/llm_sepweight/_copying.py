@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from llm_sepweight._checksum import Checksum
+from llm_sepweight._manifest import FileInfo
 from llm_sepweight._reading import PAGE, WeightFile, as_tensor, pages
 from llm_sepweight._writing import DirectWriter
 
@@ -81,14 +82,20 @@ def of_file(file: WeightFile) -> Contents:
 
 
 def write_files(
-    files: Iterable[tuple[Path, Contents]], *, advance: Callable[[int], None] | None = None
+    files: Iterable[tuple[Path, Contents]],
+    *,
+    advance: Callable[[int], None] | None = None,
+    before: Callable[[str, FileInfo], None] | None = None,
 ) -> Generator[str, None, None]:
     """Write files one after the other; gives the checksum of each once it is on the disk under its name.
 
-    advance: called with the size of each window once it is written. Closing the generator, or an error, leaves no
-    thread at work and no temporary file. Memory: THREADS windows, and for each what a piece needs for itself.
+    advance: called with the size of each window once it is written. before: called with what a file is, before it gets its
+    name. Closing the generator, or an error, leaves no thread at work and no temporary file. Memory: THREADS windows, and for
+    each what a piece needs for itself.
     """
-    return _in_windows((_File(contents, DirectWriter(path, nbytes_of(contents))) for path, contents in files), advance)
+    return _in_windows(
+        (_File(contents, DirectWriter(path, nbytes_of(contents)), before) for path, contents in files), advance
+    )
 
 
 def checksums(files: Iterable[Contents], *, advance: Callable[[int], None] | None = None) -> Generator[str, None, None]:
@@ -143,8 +150,13 @@ def _in_windows(files: Iterator[_File], advance: Callable[[int], None] | None) -
 class _File:
     """A file in the making, or one that is only checked. Its windows may be filled and written in any order."""
 
-    def __init__(self, contents: Contents, writer: DirectWriter | None) -> None:
-        self.contents, self.nbytes, self.writer = contents, nbytes_of(contents), writer
+    def __init__(
+        self,
+        contents: Contents,
+        writer: DirectWriter | None,
+        before: Callable[[str, FileInfo], None] | None = None,
+    ) -> None:
+        self.contents, self.nbytes, self.writer, self.before = contents, nbytes_of(contents), writer, before
         self.checksum = Checksum()
         self.windows = max(1, -(-self.nbytes // WINDOW))
         self._next = 0  # the window whose turn it is to be taken into the checksum
@@ -180,6 +192,8 @@ class _File:
 
     def finish(self) -> None:
         if self.writer is not None:
+            if self.before is not None:
+                self.before(self.writer.path.name, FileInfo(self.nbytes, self.checksum.text))
             self.writer.finish()
 
     def abandon(self) -> None:

@@ -9,17 +9,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from llm_sepweight._catalog import TensorInfo, plain_file_name, read_json
+from llm_sepweight._catalog import TensorInfo, plain_file_name
 from llm_sepweight._checkpoint import Layout, missing_layers
+from llm_sepweight._checksum import checksum
 from llm_sepweight._copying import Piece, Progress, literal, write_files
 from llm_sepweight._errors import WeightError
 from llm_sepweight._foreign import check_no_weights, check_same
 from llm_sepweight._header import make_header
+from llm_sepweight._journal import Journal, begin_journal, read_journal
+from llm_sepweight._manifest import FileInfo
+from llm_sepweight._parts import is_sound
 from llm_sepweight._source import Source, StoreSource
 from llm_sepweight._store import WeightStore, open
-from llm_sepweight._writing import check_room, locked, remove, write_bytes
+from llm_sepweight._writing import check_room, locked, remove, temporary, write_bytes
 
-RECORD = ".sepweight.export"  # the files that one at work writes
+RECORD = ".sepweight.export"  # what one at work writes, and has written
 INDEX = "model.safetensors.index.json"
 
 
@@ -61,11 +65,14 @@ def export(
 
 
 def _clear(directory: Path) -> None:
-    """Remove what an export that was interrupted has written."""
-    if (directory / RECORD).exists():
-        for name in read_json(directory / RECORD)["files"]:
-            remove(directory / plain_file_name(name, file=directory / RECORD))
-        remove(directory / RECORD)
+    """Remove what an export that was interrupted has written, but nothing that was put in its place."""
+    if (journal := read_journal(directory, RECORD)) is not None:
+        for name in journal.plan["files"]:
+            remove(temporary(directory / plain_file_name(name, file=journal.path)))
+        for name, info in journal.done.items():
+            if is_sound(path := directory / plain_file_name(name, file=journal.path), info):
+                remove(path)
+        remove(journal.path)
 
 
 def _check_whole(store: WeightStore) -> None:
@@ -124,19 +131,24 @@ def _write(shards: list[list[_Tensor]], source: StoreSource, directory: Path, pr
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     names = names if count > 1 else ["model.safetensors"]
     companions = source.companions()
-    new = [name for name in (*companions, *names, INDEX) if not (directory / name).exists()]
-    write_bytes(directory / RECORD, json.dumps({"files": new}).encode())
-    for name, data in companions.items():
-        write_bytes(directory / name, data)
-    contents = (
-        [literal(make_header({tensor.key: tensor.info for tensor in shard})), *(tensor.piece for tensor in shard)]
-        for shard in shards
-    )
-    files = zip((directory / name for name in names), contents, strict=True)
-    with closing(write_files(files, advance=advance)) as written:
-        for _ in written:
-            source.check_unchanged()
-    if count > 1:
-        weight_map = {tensor.key: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_bytes(directory / INDEX, json.dumps(index, indent=2).encode())
+    with closing(begin_journal(directory, {"files": [*companions, *names, INDEX]}, RECORD)) as journal:
+        for name, data in companions.items():
+            if not (directory / name).exists():
+                _write_small(directory / name, data, journal)
+        contents = (
+            [literal(make_header({tensor.key: tensor.info for tensor in shard})), *(tensor.piece for tensor in shard)]
+            for shard in shards
+        )
+        files = zip((directory / name for name in names), contents, strict=True)
+        with closing(write_files(files, advance=advance, before=journal.add)) as written:
+            for _ in written:
+                source.check_unchanged()
+        if count > 1:
+            weight_map = {tensor.key: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            _write_small(directory / INDEX, json.dumps(index, indent=2).encode(), journal)
+
+
+def _write_small(path: Path, data: bytes, journal: Journal) -> None:
+    journal.add(path.name, FileInfo(len(data), checksum(data)))
+    write_bytes(path, data)

@@ -1,4 +1,4 @@
-"""What a split that is not finished has done so far: a line of JSON for what it does, one more for each part on the disk."""
+"""What a split, or export, that is not finished has done: a line of JSON for what it does, one more for each part, or file."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ class Journal:
             self.file = None
 
 
-def begin_journal(directory: Path, plan: dict[str, Any]) -> Journal:
+def begin_journal(directory: Path, plan: dict[str, Any], name: str = JOURNAL) -> Journal:
     """A new one, with nothing done."""
-    write_bytes(directory / JOURNAL, json.dumps(plan).encode() + b"\n")
-    return Journal(directory / JOURNAL, plan)
+    write_bytes(directory / name, json.dumps(plan).encode() + b"\n")
+    return Journal(directory / name, plan)
 
 
-def read_journal(directory: Path) -> Journal | None:
+def read_journal(directory: Path, name: str = JOURNAL) -> Journal | None:
     """That of an unfinished split, if there is one. A last line that was cut short counts for nothing, and is cut off."""
-    path = directory / JOURNAL
+    path = directory / name
     try:
         first, *lines, torn = path.read_bytes().split(b"\n")
         journal = Journal(path, parse_json(first))
