@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llm_sampler import HUGGING_FACE_ORDER, generate
+from llm_sampler import HUGGING_FACE_ORDER, DraftModel, generate
 from llm_sampler._row import History, Row, Table
 from llm_sampler._scores import Scores
 from llm_sampler._stages import STAGES
@@ -120,6 +120,39 @@ def test_what_is_masked_beside_a_rows_candidates_changes_nothing_at_exact_ties(n
             spread[0, places] = values[0]
             survivors.append(survivors_of(name, spread, setting, one)[places].tolist())
         assert survivors == [survivors[0]] * len(survivors)
+
+
+@pytest.mark.parametrize("size", [5003, 8192])
+def test_the_last_id_is_one_candidate_where_a_neighbour_keeps_all_of_its_own(size: int) -> None:
+    logits = torch.zeros(2, size)
+    logits[0, 256:320] = logits[0, 576:640] = 9.0  # two whole blocks of candidates
+    logits[1, size - 1], logits[1, 70] = 20.0, 19.0
+    options = {"top_k": 2, "repetition_penalty": 1.1}
+    assert differences(logits, options, ["top_k", "repetition_penalty"]) == []
+
+
+def test_drafts_of_the_last_id_are_taken_as_often_where_a_neighbour_keeps_all_of_its_own() -> None:
+    size, count = 5003, 40
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    logits[size - 1] = logits[300] = 14.0
+    guess = logits.clone()
+    guess[size - 1] = 16.0
+
+    def tokens(first: list[list[int]], allowed: list, seeds: list[int]) -> list[tuple[int, ...]]:
+        rows = generate(
+            lambda ids: logits.expand(*ids.shape, size),
+            first + [[1]] * count,
+            seed=seeds,
+            allowed_token_ids=allowed,
+            max_new_tokens=3,
+            min_p=0.001,
+            drafter=DraftModel(lambda ids: guess.expand(*ids.shape, size), tokens=1),
+            speculation="rejection",
+        )
+        return [row.tokens for row in rows][len(first) :]
+
+    alone = tokens([], [None] * count, list(range(count)))
+    assert tokens([[0]], [range(256), *[None] * count], [99, *range(count)]) == alone
 
 
 def survivors_of(name: str, values: Tensor, setting: list, threshold: float) -> Tensor:

@@ -15,7 +15,8 @@ LOWEST = torch.finfo(torch.float32).min
 
 @dataclass(slots=True)
 class Scores:
-    """values [B, K] float32, -inf where masked; ids [B, K] in rising order, or None where K is the vocabulary.
+    """values [B, K] float32, -inf where masked; ids [B, K] in rising order, or None where K is the vocabulary;
+    `vocabulary` where a column is no candidate.
 
     Its fields are set once; not frozen, which takes as long as a stage. owned: nobody else has the values, so they may be written to. peaks: what `peaks_of` gives for the values. spare:
     memory for a copy of them.
@@ -83,8 +84,10 @@ class Scores:
             if count * _BLOCK * 2 <= values.shape[-1]:
                 chosen = peaks.topk(max(count, 1)).indices.sort(-1).values  # [B, count]
                 index = (chosen.unsqueeze(-1) * _BLOCK + torch.arange(_BLOCK, device=values.device)).flatten(1)
-                index = index.clamp_(max=values.shape[-1] - 1)  # past the end are only the -inf of the last block
-                values, ids = _take(blocks, chosen), index if ids is None else ids.gather(-1, index)
+                past = index >= values.shape[-1]  # what fills the last block up stands for no id, not for the last one
+                index.clamp_(max=values.shape[-1] - 1)
+                ids = (index if ids is None else ids.gather(-1, index)).masked_fill_(past, self.vocabulary)
+                values = _take(blocks, chosen)
         keep = values >= threshold
         width = max(int(keep.sum(-1).amax()), 1)
         if width == values.shape[-1]:
