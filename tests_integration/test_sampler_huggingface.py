@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +49,14 @@ CONFIGS = {
         num_experts_per_tok=2, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
         first_k_dense_replace=1,
     ),
+    "llama4, chunked and full": transformers.Llama4TextConfig(
+        **{**L, "num_hidden_layers": 4}, head_dim=8, intermediate_size_mlp=48, attention_chunk_size=8,
+        pad_token_id=0, bos_token_id=None, eos_token_id=None,
+    ),
+    "gpt neo, windowed from layer 1": transformers.GPTNeoConfig(
+        hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_position_embeddings=128, window_size=5,
+        attention_types=[[["global", "local"], 1]], **V,
+    ),
 }  # fmt: skip
 
 
@@ -61,7 +70,7 @@ def built(config: Any) -> Any:
 
 
 def _attention(config: Any) -> str:
-    return "eager" if config.model_type in ("bloom", "gptj", "mpt") else "sdpa"
+    return "eager" if config.model_type in ("bloom", "gpt_neo", "gptj", "mpt") else "sdpa"
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -268,10 +277,34 @@ def test_models_that_cannot_see_a_tree_say_so() -> None:
     for name, message in (
         ("bloom, alibi from the mask", "takes no position_ids"),
         ("mistral, windowed", "window of 5"),
+        ("llama4, chunked and full", "window of 8"),
+        ("gpt neo, windowed from layer 1", "window of 5"),
     ):
         forward = llm_sampler.from_huggingface(built(CONFIGS[name]))
         with pytest.raises(ValueError, match=message):
             forward.tree_logits(torch.tensor([ids(13)]), torch.tensor([[5 + node for node in TREE]]))
+
+
+def test_a_model_whose_layers_are_no_attention_cannot_see_a_tree_without_a_cache_either() -> None:
+    model = built(copy.deepcopy(CONFIGS["llama"]))
+    model.config.layer_types = ["full_attention", "linear_attention"]  # as hybrids say it
+    with pytest.raises(ValueError, match="LlamaForCausalLM has layers of linear_attention, which cannot see drafts"):
+        llm_sampler.from_huggingface(model, cache=False).tree_logits(
+            torch.tensor([ids(13)]), torch.tensor([[5 + node for node in TREE]])
+        )
+
+
+@pytest.mark.parametrize("name", ["mistral, windowed", "llama4, chunked and full", "gpt neo, windowed from layer 1"])
+@torch.no_grad()
+def test_a_tree_within_the_window_is_exact(name: str) -> None:
+    model = built(CONFIGS[name])
+    row = ids(2)
+    got = llm_sampler.from_huggingface(model).tree_logits(
+        torch.tensor([[*row, 7, 9]]), torch.tensor([[len(row) - 2, len(row) - 1, len(row) - 1]])
+    )
+    for node, path in enumerate([[], [7], [9]]):
+        alone = model(torch.tensor([row + path]), use_cache=False).logits[0, -1]
+        torch.testing.assert_close(got[0, node], alone, atol=5e-5, rtol=1e-4)
 
 
 def test_without_a_cache_the_logits_are_the_same(llama: Any) -> None:

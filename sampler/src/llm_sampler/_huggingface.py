@@ -53,8 +53,7 @@ class HuggingFaceForward:
             raise TypeError(f"model is {type(model).__name__}; a model of transformers is needed, not its name")
         if type(keep) is not int or keep < 1:
             raise ValueError(f"keep is {keep!r}; it must be an integer >= 1, or cache=False given")
-        get_text_config = getattr(model.config, "get_text_config", None)
-        config = get_text_config() if get_text_config else model.config
+        config = _text_config(model)
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(f"{type(model).__name__} is an encoder-decoder; a causal language model is needed")
         self.model = model
@@ -154,11 +153,16 @@ class HuggingFaceForward:
         return logits
 
     def _check_trees(self, length: int) -> None:
-        config = self.model.config
-        window = getattr(config, "sliding_window", None)
+        config, name = _text_config(self.model), type(self.model).__name__
         if "position_ids" not in self._takes or getattr(config, "alibi", False):
-            raise ValueError(f"{type(self.model).__name__} takes no position_ids, so it cannot see drafts that branch")
-        if window is not None and getattr(config, "use_sliding_window", True) and length > window:
+            raise ValueError(f"{name} takes no position_ids, so it cannot see drafts that branch")
+        if kinds := _other_layers(self.model):
+            raise ValueError(f"{name} has layers of {kinds}, which cannot see drafts that branch")
+        windows = {window: getattr(config, window, None) for window in _WINDOWS}
+        if not getattr(config, "use_sliding_window", True):
+            del windows["sliding_window"]
+        window = min((size for size in windows.values() if size is not None), default=length)
+        if length > window:  # the mask of a tree takes the place of the model's own
             raise ValueError(f"rows of {length} tokens are longer than the window of {window}: draft without branches")
 
     def _check(self, rows: list[list[int]], n: int, *, spare: int = 0) -> None:
@@ -180,12 +184,10 @@ class HuggingFaceForward:
 
 def _cache_class(model: Any) -> type:
     """transformers.DynamicCache, from the transformers that the model came with."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    kinds = set(getattr(config, "layer_types", None) or ()) - _ATTENTION
-    if kinds or getattr(model, "_is_stateful", False):
+    if kinds := _other_layers(model):
         raise ValueError(
             f"{type(model).__name__} keeps a state that cannot be wound back to an earlier token "
-            f"({', '.join(sorted(kinds)) or 'recurrent'}): give cache=False, which computes all tokens each time"
+            f"({kinds}): give cache=False, which computes all tokens each time"
         )
     modules = (sys.modules.get(base.__module__.partition(".")[0]) for base in type(model).__mro__)
     found = next((module.DynamicCache for module in modules if hasattr(module, "DynamicCache")), None)  # type: ignore[union-attr]
@@ -197,4 +199,15 @@ def _cache_class(model: Any) -> type:
     return found
 
 
+def _text_config(model: Any) -> Any:
+    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+
+
+def _other_layers(model: Any) -> str:
+    """Kinds of its layers that are no attention to all or the last tokens, as far as it says; "" for none."""
+    kinds = set(getattr(_text_config(model), "layer_types", None) or ()) - _ATTENTION
+    return ", ".join(sorted(kinds)) or ("recurrent" if getattr(model, "_is_stateful", False) else "")
+
+
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # names of a bound on who sees whom
