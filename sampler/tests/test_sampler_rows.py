@@ -155,6 +155,29 @@ def test_drafts_of_the_last_id_are_taken_as_often_where_a_neighbour_keeps_all_of
     assert tokens([[0]], [range(256), *[None] * count], [99, *range(count)]) == alone
 
 
+def test_a_tie_is_cut_at_the_same_place_beside_a_row_with_a_processor() -> None:
+    """That row needs all columns of a padded head, and the others get them too."""
+    logits = torch.full((65_600,), -math.inf)
+    logits[:5] = torch.tensor([0.0, -0.3, -0.7, -1.1, -1.3])
+    share = 0.6123590441464318  # the sum of the first two, but for what a probability is rounded to
+
+    def kept(rows: list[list[int]]) -> list[int]:
+        [first, *_] = generate(
+            lambda ids: logits.expand(*ids.shape, -1),
+            rows,
+            max_new_tokens=1,
+            top_p=share,
+            vocab_size=65_000,
+            processors={1: lambda ids, scores: scores}.get,
+            top_logprobs=5,
+            seed=0,
+        )
+        assert first.top_processed_logprobs is not None
+        return [token for token, _ in first.top_processed_logprobs[0]]
+
+    assert kept([[0], [0]]) == kept([[0]])
+
+
 def survivors_of(name: str, values: Tensor, setting: list, threshold: float) -> Tensor:
     row = Row(0, [0], 1, end=9, shortest=0, key=0, stops=frozenset(), mirostat_tau=1.0)
     row.mu = -math.log2(threshold)

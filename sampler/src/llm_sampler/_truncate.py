@@ -23,6 +23,7 @@ _LEAST = torch.finfo(torch.float32).tiny
 _WORTH_BINS = 4096  # below this many candidates sorting them is as fast
 _FEW = 256
 _BINS, _BINS_PER_NAT = 4096, 64
+_BITS = 40  # of a weight, for every row the same; their sum is below 2 ** 63 in vocabularies up to 2 ** 22
 
 
 def temperature(temperature: list, *, device: torch.device):
@@ -117,7 +118,7 @@ def typical_p(p: list, *, device: torch.device):
 
     def apply(scores: Scores, history: History) -> Scores:
         weights = _weights(scores)
-        distance = (scores.values.double() - _log_total(scores, weights)).add_(_entropy(scores, weights)).abs_()
+        distance = (scores.values.double() - _log_total(scores, weights)).add_(_entropy(weights)).abs_()
         return scores.masked(
             _smallest_set(-distance, weights, _share_of(weights, share))
         )  # |-log p - H|, inf if masked
@@ -141,7 +142,7 @@ def eta_cutoff(epsilon: list, *, device: torch.device):
 
     def apply(scores: Scores, history: History) -> Scores:
         weights = _weights(scores)
-        least = torch.minimum(log_epsilon, log_epsilon / 2 - _entropy(scores, weights))
+        least = torch.minimum(log_epsilon, log_epsilon / 2 - _entropy(weights))
         return _with_logprob(scores, least, weights)
 
     return apply
@@ -191,18 +192,13 @@ def _precise(values: list, device: torch.device) -> Tensor:
 
 
 def _weights(scores: Scores) -> Tensor:
-    """Each candidate's probability relative to the largest [B, K], as a whole number of 2 ** -bits: sums are exact."""
+    """Each candidate's probability relative to the largest [B, K], as a multiple of 2 ** -_BITS: sums are exact."""
     values = scores.values
-    return _whole(values.double().sub_(values.amax(-1, keepdim=True)).exp_(), scores)
+    return _whole(values.double().sub_(values.amax(-1, keepdim=True)).exp_())
 
 
-def _whole(parts: Tensor, scores: Scores) -> Tensor:
-    return parts.mul_(2.0 ** _bits(scores)).round_().long()
-
-
-def _bits(scores: Scores) -> int:
-    """So many that a sum of ones over the vocabulary is below 2 ** 63."""
-    return 62 - scores.vocabulary.bit_length()
+def _whole(parts: Tensor) -> Tensor:
+    return parts.mul_(2.0**_BITS).round_().long()
 
 
 def _share_of(weights: Tensor, share: Tensor) -> Tensor:
@@ -213,15 +209,15 @@ def _share_of(weights: Tensor, share: Tensor) -> Tensor:
 
 def _log_total(scores: Scores, weights: Tensor) -> Tensor:
     """log of the sum of exp(values), [B, 1] in float64."""
-    total = weights.sum(-1, keepdim=True) * 2.0 ** -_bits(scores)
+    total = weights.sum(-1, keepdim=True) * 2.0**-_BITS
     return total.log_().add_(scores.values.amax(-1, keepdim=True))
 
 
-def _entropy(scores: Scores, weights: Tensor) -> Tensor:
+def _entropy(weights: Tensor) -> Tensor:
     """Of each row [B, 1], in nats."""
     total = weights.sum(-1, keepdim=True)
-    surprise = _whole(torch.special.entr(weights * 2.0 ** -_bits(scores)), scores)
-    return (total * 2.0 ** -_bits(scores)).log_().add_(surprise.sum(-1, keepdim=True) / total)
+    surprise = _whole(torch.special.entr(weights * 2.0**-_BITS))
+    return (total * 2.0**-_BITS).log_().add_(surprise.sum(-1, keepdim=True) / total)
 
 
 def _with_logprob(scores: Scores, least: Tensor, weights: Tensor) -> Scores:
