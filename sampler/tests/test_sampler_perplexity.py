@@ -56,6 +56,20 @@ def test_a_text_within_one_window_is_one_forward() -> None:
     assert calls == [(1, 6)]
 
 
+def test_long_windows_are_not_asked_for_more_positions_at_once_than_one_of_them_or_4096() -> None:
+    text = torch.randint(2, (20_000,), generator=torch.Generator().manual_seed(0))
+    for max_length, most in ((1500, 2), (5000, 1)):
+        asked: list[tuple[int, int]] = []
+
+        def counted(ids: Tensor, asked: list[tuple[int, int]] = asked) -> Tensor:
+            asked.append(tuple(ids.shape))  # type: ignore[arg-type]
+            return torch.zeros(*ids.shape, 2)
+
+        result = perplexity(counted, text, max_length=max_length, stride=max_length, batch_size=8)
+        assert max(rows for rows, _ in asked) == most
+        assert len(result.logprobs) == 20_000 - math.ceil(20_000 / max_length)
+
+
 def test_bits_per_byte_count_the_texts_bytes() -> None:
     result = perplexity(lambda ids: torch.zeros(*ids.shape, 4), [0, 1, 2], max_length=4, text="né")
     assert result.bits_per_byte == pytest.approx(2 * 2 / 3)

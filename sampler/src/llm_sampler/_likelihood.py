@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ._forward import Forward, padded
 
+_MOST_ASKED = 4096  # positions whose logits one forward gives, but for those of a single row
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -106,7 +108,7 @@ def _batches(leaves: list[_Leaf], size: int) -> Iterator[list[_Leaf]]:
     """Batches of at most `size` rows: same contexts together, similar lengths together, the longest first.
 
     The logits asked for are those of the last n positions of each row: n is at most the shortest row, and where rows
-    need very different numbers, they go apart.
+    need very different numbers, or more than _MOST_ASKED positions together, they go apart.
     """
     contexts = [list(group) for _, group in groupby(leaves, key=lambda leaf: leaf.fed[: leaf.start + 1])]
     contexts.sort(key=lambda group: max(len(leaf.fed) for leaf in group), reverse=True)
@@ -115,7 +117,11 @@ def _batches(leaves: list[_Leaf], size: int) -> Iterator[list[_Leaf]]:
         together = [*batch, leaf]
         n = max(leaf.needed for leaf in together)
         asked, needed = n * len(together), sum(leaf.needed for leaf in together)
-        if len(together) > size or n > min(len(leaf.fed) for leaf in together) or asked > 2 * needed + 256:
+        if batch and (
+            len(together) > size
+            or n > min(len(leaf.fed) for leaf in together)
+            or asked > min(2 * needed + 256, _MOST_ASKED)
+        ):
             yield batch
             together = [leaf]
         batch = together

@@ -61,7 +61,8 @@ def perplexity(
 
     Args:
         input_ids: the whole text's token ids, at least two. text: the text itself, for `Perplexity.bits_per_byte`.
-        batch_size: windows per forward at most. Other arguments and errors as in `score`.
+        batch_size: windows per forward at most; fewer where together they score more than 4096 tokens. Other arguments
+            and errors as in `score`.
 
     Example:
         >>> import torch
