@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_sampler import generate, sample, score
+from llm_sampler import best_of, generate, sample, score
 
 np: Any = numpy  # whose arrays the sampler's annotations do not name
 AFTER = torch.randn(10, 10, generator=torch.Generator().manual_seed(0))
@@ -62,6 +62,12 @@ def test_numpys_arrays_are_scored_as_lists_are() -> None:
     assert score(causal, [np.int64(1), np.int64(2)], [[np.int64(3), 4], [2, 0]], end_id=0) == want
     [both] = score(causal, np.array([[1, 2]]), [np.array([[3, 4], [2, 0]])], end_id=0)
     assert both == want
+
+
+def test_numpys_numbers_rank_samples_as_pythons_do() -> None:
+    options: dict = {"n": 6, "max_new_tokens": 4, "seed": 0}
+    ranked = best_of(causal, [[1]], by=lambda row: np.float32(sum(row.tokens)), **options)
+    assert ranked == best_of(causal, [[1]], by=lambda row: sum(row.tokens), **options)
 
 
 def test_logits_that_are_numpys_name_the_remedy() -> None:

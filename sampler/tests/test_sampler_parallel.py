@@ -101,6 +101,13 @@ def test_a_function_ranks_and_the_earlier_sample_goes_first_on_ties() -> None:
     assert longest == sorted(plain, key=lambda completion: -completion.tokens.count(9))
 
 
+def test_a_reward_may_be_a_tensor_of_one_number() -> None:
+    options: dict[str, Any] = dict(n=6, max_new_tokens=4, seed=0)
+    assert best_of(table, [[1]], by=lambda c: torch.tensor(float(sum(c.tokens))), **options) == best_of(  # type: ignore[arg-type]
+        table, [[1]], by=lambda c: sum(c.tokens), **options
+    )
+
+
 def test_what_cannot_be_ranked_by_is_named() -> None:
     with pytest.raises(ValueError, match="by is 'median'"):
         best_of(table, [[1]], n=2, by="median", max_new_tokens=1)  # type: ignore[arg-type]

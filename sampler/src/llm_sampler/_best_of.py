@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ._forward import ForwardFunc, Rows
 from ._sample import generate
+from ._settings import plain
 from ._step import Completion
 
 
@@ -22,8 +23,8 @@ def best_of(
     """n samples of each prompt, with the other arguments of `sample`: one list per prompt, the best first.
 
     by: what is best: the log-probability under the model itself per token ("mean") or as a whole ("sum"), or the
-    largest number that a function of the completion gives, such as a reward. The earlier sample goes first on ties.
-    A prompt goes through the forward once before it fans out to n rows.
+    largest number that a function of the completion gives, such as a reward (a tensor of one number will do). The
+    earlier sample goes first on ties. A prompt goes through the forward once before it fans out to n rows.
 
     Example:
         >>> import torch
@@ -35,7 +36,7 @@ def best_of(
     if not callable(by) and by not in ("mean", "sum"):
         raise ValueError(f"by is {by!r}; it must be 'mean', 'sum', or a function of a Completion")
     completions = generate(forward_func, input_ids, n=n, **options)
-    values = [_value(completion, by) for completion in completions]
+    values = [plain(_value(completion, by)) for completion in completions]
     for row, value in enumerate(values):
         if not isinstance(value, int | float) or math.isnan(value):
             raise ValueError(f"by gave {value!r} for sample {row % n} of row {row // n}; a number is needed")
