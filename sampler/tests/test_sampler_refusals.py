@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from llm_sampler import beam_search, sample
+from llm_sampler import Draft, DraftModel, beam_search, sample
 
 NAN = math.nan
 
@@ -225,3 +226,46 @@ def test_an_index_error_of_the_forward_names_row_position_and_id() -> None:
     next(steps)
     with pytest.raises(IndexError, match="step 1: .* given is 8, of row 0 at position 1"):
         next(steps)
+
+
+class FailingOnTrees:
+    def __call__(self, ids: Tensor) -> Tensor:
+        return flat_logits(ids)
+
+    def tree_logits(self, ids: Tensor, parents: Tensor) -> Tensor:
+        raise OSError("disk gone")
+
+
+def failing(*_: object) -> Any:
+    raise OSError("disk gone")
+
+
+class FailingToTell:
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        return scores
+
+    def is_complete(self, ids: Sequence[int]) -> bool:
+        raise OSError("disk gone")
+
+
+@pytest.mark.parametrize(
+    ("options", "notes"),
+    [
+        ({"processors": {1: failing}.get}, ["raised by processor function in row 1, step 0"]),
+        ({"processors": lambda row: FailingToTell()}, ["raised by is_complete in row 0, step 0"]),
+        ({"decode": failing}, ["raised by decode in row 0, step 0"]),
+        ({"decode": lambda ids: "x" if len(ids) < 3 else failing()}, ["raised by decode in row 0, step 2"]),
+        ({"drafter": failing}, ["raised by drafter in forward 1"]),
+        ({"drafter": DraftModel(failing)}, ["raised by forward_func in drafter", "raised by drafter in forward 1"]),
+        (
+            {"drafter": lambda ids, limits: [Draft([1, 2], parents=[-1, -1])] * len(ids)},
+            ["raised by forward_func.tree_logits in forward 1"],
+        ),
+    ],
+)
+def test_what_any_function_of_the_callers_raises_comes_through_with_a_note_of_where_that_was(
+    options: dict[str, Any], notes: list[str]
+) -> None:
+    with pytest.raises(OSError, match="disk gone") as raised:
+        list(sample(FailingOnTrees(), [[1], [2, 3]], max_new_tokens=4, seed=0, **options))
+    assert vars(raised.value)["__notes__"] == notes

@@ -282,3 +282,20 @@ def test_pmi_is_minus_infinity_for_what_cannot_follow_and_refused_where_the_base
     assert (answer.index, answer.probabilities) == (0, (1.0, 0.0))
     with pytest.raises(ValueError, match="question 1: choices: row 2: pmi is not defined"):
         multiple_choice(forward, [[2], [1]], [[[2]], [[2], [3], [1]]], by="pmi", baseline=[0])
+
+
+def test_what_a_forward_raises_while_it_scores_comes_through_with_a_note_of_what_was_scored() -> None:
+    class Gathers:
+        def __call__(self, ids: Tensor) -> Tensor:
+            raise AssertionError("gather_logprobs is there to be used")
+
+        def gather_logprobs(self, ids: Tensor, lengths: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            raise IndexError("no such row") if int(ids.max()) > 6 else OSError("disk gone")
+
+    with pytest.raises(OSError, match="disk gone") as raised:
+        score(Gathers(), [1], [[2], [3]])
+    assert vars(raised.value)["__notes__"] == [
+        "raised by forward_func.gather_logprobs in continuations: row 0 and 1 more"
+    ]
+    with pytest.raises(IndexError, match="gather_logprobs raised IndexError: no such row. The largest id .* is 7"):
+        score(Gathers(), [7], [[2], [3]])

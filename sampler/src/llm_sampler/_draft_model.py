@@ -66,7 +66,7 @@ class DraftTree:
     ) -> list[tuple[list[int], Tensor | None]]:
         """For each row of the level up to `width` tokens, and the distribution that they were drawn from."""
         ids, lengths = own.table.copy_of(level), [len(row.ids) for row in level]
-        logits = self._forward(ids, lengths, 1, "drafter")[:, 0]
+        logits = self._forward(ids, lengths, 1, "drafter", of)[:, 0]
         if logits.shape[-1] != vocabulary and own.vocab_size is None:
             raise ValueError(
                 f"drafter: its model has a vocabulary of {logits.shape[-1]}, and forward_func one of {vocabulary}; "

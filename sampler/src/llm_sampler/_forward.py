@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ._note import note
 from ._settings import plain
 
 Rows: TypeAlias = Sequence[Sequence[int]] | Sequence[Tensor] | Sequence[int] | Tensor
@@ -45,14 +46,14 @@ class Forward:
             try:
                 logits = self.last_logits(ids, torch.tensor(lengths, device=ids.device), n)
             except Exception as error:
-                _note(error, "forward_func.last_logits", where, ids, rows)
+                placed(error, "forward_func.last_logits", where, ids, rows)
                 raise
             self._check(logits, (batch, n), "forward_func.last_logits", where)
         else:
             try:
                 logits = self.forward_func(ids)
             except Exception as error:
-                _note(error, "forward_func", where, ids, rows)
+                placed(error, "forward_func", where, ids, rows)
                 raise
             self._check(logits, (batch, width), "forward_func", where)
             if all(length == width for length in lengths):
@@ -64,13 +65,18 @@ class Forward:
         return logits.cpu() if logits.device.type == "mps" else logits  # that device has no float64
 
     @torch.no_grad()
-    def tree(self, ids: Tensor, parents: Tensor, where: str) -> Tensor:
+    def tree(self, ids: Tensor, parents: Tensor, where: str, rows: Sequence[int] | None = None) -> Tensor:
         """Logits [B, N, V] of the nodes of each row's tree, by `tree_logits(ids [B, T], parents [B, N])`.
 
         Node i of row b is at `parents[b, 0] + 1 + i` in its ids and follows the token at `parents[b, i]`; node 0 is the
         last of a plain sequence.
         """
-        logits = self.checker_of_trees(where)(ids, parents)
+        tree_logits = self.checker_of_trees(where)
+        try:
+            logits = tree_logits(ids, parents)
+        except Exception as error:
+            placed(error, "forward_func.tree_logits", where, ids, rows)
+            raise
         self._check(logits, (parents.shape[0], parents.shape[1]), "forward_func.tree_logits", where)
         return logits.cpu() if logits.device.type == "mps" else logits
 
@@ -118,8 +124,8 @@ class Forward:
         self.vocabulary, self.device = logits.shape[2], logits.device
 
 
-def _note(error: Exception, name: str, where: str, ids: Tensor, rows: Sequence[int] | None) -> None:
-    """Add to what a forward function raises where that was, and what can be done."""
+def placed(error: Exception, name: str, where: str, ids: Tensor, rows: Sequence[int] | None = None) -> None:
+    """Add to what a forward function raises where that was; raises an IndexError again, with what may be its cause."""
     if isinstance(error, IndexError):  # most likely of a table that is looked up by id
         row, position = divmod(int(ids.argmax()), ids.shape[1])
         raise IndexError(
@@ -127,11 +133,7 @@ def _note(error: Exception, name: str, where: str, ids: Tensor, rows: Sequence[i
             f"{int(ids[row, position])}, of row {rows[row] if rows else row} at position {position}; "
             "if the model's vocabulary has no such id, use the tokenizer that belongs to it, and pad_id within it"
         ) from error
-    if add_note := getattr(error, "add_note", None):  # from Python 3.11 on
-        add_note(
-            f"raised by {name} in {where}; what was generated before is in the steps that came before, "
-            "and sampling goes on from its ids"
-        )
+    note(error, name, where)
 
 
 def rows_of(input_ids: Any, name: str = "input_ids") -> tuple[list[Tensor], torch.device]:

@@ -9,7 +9,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ._forward import Forward, padded
+from ._forward import Forward, padded, placed
 
 _MOST_ASKED = 4096  # positions whose logits one forward gives, but for those of a single row
 
@@ -160,7 +160,11 @@ def _gathered(
         _check_ids(members, logits.shape[-1])
         logprobs, best = gather_logprobs(logits, targets)
     else:
-        logprobs, best = gather(ids, torch.tensor(lengths, device=ids.device), targets.to(ids.device))
+        try:
+            logprobs, best = gather(ids, torch.tensor(lengths, device=ids.device), targets.to(ids.device))
+        except Exception as error:
+            placed(error, "forward_func.gather_logprobs", where, ids)
+            raise
         if logprobs.shape != targets.shape or best.shape != targets.shape[:2]:
             raise ValueError(
                 f"{where}: forward_func.gather_logprobs returned {list(logprobs.shape)} and {list(best.shape)}; "

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ._note import noted
 from ._row import History
 from ._scores import Scores
 
@@ -54,7 +55,8 @@ def processors(made: list, *, device: torch.device):
             place = scores.values[index : index + 1]
             result = place
             for processor in own:
-                result = processor(history.ids[index : index + 1, : len(row.ids)], result)
+                with noted(f"processor {type(processor).__name__}", f"row {row.index}, step {row.step}"):
+                    result = processor(history.ids[index : index + 1, : len(row.ids)], result)
                 if not isinstance(result, Tensor) or result.shape != place.shape:
                     what = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
                     raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._draw import uniform
+from ._note import noted
 from ._repeats import Repeats
 from ._step import Finished
 from ._text import StopText
@@ -74,16 +75,29 @@ class Row:
         if token in self.stops:
             finished = "stop"
         elif self.text is not None:
-            piece, at_stop_string = self.text.push(token, may_stop=self.step >= self.shortest)
+            with noted("decode", self._last):
+                piece, at_stop_string = self.text.push(token, may_stop=self.step >= self.shortest)
         if at_stop_string:
             finished = "stop_string"
-        elif finished is None and any(complete(self.ids) for complete in self._completions):
+        elif finished is None and self._is_complete():
             finished = "complete"
         elif finished is None and len(self.ids) == self.end:
             finished = "length"
         if finished in ("stop", "complete", "length") and self.text is not None:
-            piece += self.text.flush()
+            with noted("decode", self._last):
+                piece += self.text.flush()
         return finished, piece
+
+    def _is_complete(self) -> bool:
+        if not self._completions:
+            return False
+        with noted("is_complete", self._last):
+            return any(complete(self.ids) for complete in self._completions)
+
+    @property
+    def _last(self) -> str:
+        """Its last token, in words."""
+        return f"row {self.index}, step {self.step - 1}"
 
 
 class Table:

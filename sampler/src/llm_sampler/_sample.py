@@ -90,7 +90,8 @@ def sample(
 
     Raises:
         ValueError, TypeError: at once where an argument is wrong; from the iterator, naming row and step, where
-            forward_func returns something that cannot be sampled. What forward_func raises comes through as it is.
+            forward_func returns something that cannot be sampled. What forward_func, a processor, a drafter or decode
+            raises comes through as it is, with a note of where that was.
 
     Example:
         >>> import torch

@@ -16,6 +16,7 @@ from ._draft_model import ACCEPT
 from ._drafts import Draft, Drafter
 from ._draw import draw, log_probabilities
 from ._forward import Forward
+from ._note import noted
 from ._row import Row
 from ._sampler import Drawn, Sampler
 from ._stats import Stats
@@ -59,8 +60,10 @@ def drafted_steps(
         rows = [row for row in rows if row.index not in over | cancelled]
         if rows:
             limits = [row.end - len(row.ids) - 1 for row in rows]  # the last token comes from the forward anyway
-            drafts = drafter.drafts(rows, limits, sampler, vocabulary, by_chance)
-            logits, roots = _checked(forward, rows, drafts, sampler, f"forward {stats.forwards}")
+            where = f"forward {stats.forwards}"
+            with noted("drafter", where):
+                drafts = drafter.drafts(rows, limits, sampler, vocabulary, by_chance)
+            logits, roots = _checked(forward, rows, drafts, sampler, where)
             stats.forwarded(rows)
             for row, draft in zip(rows, drafts, strict=True):
                 stats.checked(row, len(draft.tokens), 0)
@@ -114,13 +117,14 @@ def _checked(
         ends = [length + n - 1 for length in lengths]
     else:
         ends = [max(length + len(draft.tokens), n) for length, draft in zip(lengths, drafts, strict=True)]
+    indices = [row.index for row in rows]
     known = sampler.table.copy_of(rows)
     ids = known.new_full((len(rows), max(ends)), sampler.table.pad_id)
     ids[:, : known.shape[1]] = known
     for place, (length, draft) in enumerate(zip(lengths, drafts, strict=True)):
         ids[place, length : length + len(draft.tokens)] = torch.tensor(draft.tokens, dtype=ids.dtype)
     if not branches:
-        logits = forward(ids, ends, n, where, [row.index for row in rows])
+        logits = forward(ids, ends, n, where, indices)
         return logits, [length - 1 - (end - n) for length, end in zip(lengths, ends, strict=True)]
     parents = [
         [length - 2] + [length + parent if parent >= 0 else length - 1 for parent in draft.parents or ()]
@@ -129,7 +133,7 @@ def _checked(
     filled = [
         [*own, *range(length + len(own) - 2, end - 1)] for own, length, end in zip(parents, lengths, ends, strict=True)
     ]
-    return forward.tree(ids, torch.tensor(filled, device=ids.device), where), [0] * len(rows)
+    return forward.tree(ids, torch.tensor(filled, device=ids.device), where, indices), [0] * len(rows)
 
 
 @torch.no_grad()
