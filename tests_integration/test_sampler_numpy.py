@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_sampler import best_of, generate, sample, score
+from llm_sampler import PromptLookup, best_of, generate, perplexity, sample, score
 
 np: Any = numpy  # whose arrays the sampler's annotations do not name
 AFTER = torch.randn(10, 10, generator=torch.Generator().manual_seed(0))
@@ -62,6 +63,44 @@ def test_numpys_arrays_are_scored_as_lists_are() -> None:
     assert score(causal, [np.int64(1), np.int64(2)], [[np.int64(3), 4], [2, 0]], end_id=0) == want
     [both] = score(causal, np.array([[1, 2]]), [np.array([[3, 4], [2, 0]])], end_id=0)
     assert both == want
+
+
+@pytest.mark.filterwarnings("error")
+def test_arrays_that_torch_cannot_take_as_they_are_are_taken_too(tmp_path: Path) -> None:
+    rows = np.array([[1, 2, 3], [3, 4, 5]])
+    np.save(tmp_path / "ids.npy", rows)
+    readonly = rows.copy()
+    readonly.flags.writeable = False
+    want = generate(causal, [[1, 2, 3], [3, 4, 5]], max_new_tokens=2, seed=1)
+    for ids in (
+        np.load(tmp_path / "ids.npy", mmap_mode="r"),
+        readonly,
+        np.array([[3, 2, 1], [5, 4, 3]])[:, ::-1],
+        rows.astype(">i4"),
+        rows.astype(np.uint16),
+    ):
+        assert generate(causal, ids, max_new_tokens=2, seed=1) == want
+        assert generate(causal, list(ids), max_new_tokens=2, seed=1) == want
+        assert score(causal, ids[0], ids[1:]) == score(causal, [1, 2, 3], [[3, 4, 5]])
+
+
+def test_an_array_of_text_is_refused_as_text_is() -> None:
+    for ids, name in (
+        (np.array(["a", "b"]), "input_ids is not a sequence of integers"),
+        ([np.array(["a", "b"])], "input_ids: row 0 is not a sequence of integers"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            generate(causal, ids, max_new_tokens=1)
+
+
+def test_whole_numbers_of_numpys_are_taken_where_there_is_one_for_all() -> None:
+    size: Any = np.int64(2)
+    assert score(causal, [1], [[2], [3]], batch_size=size) == score(causal, [1], [[2], [3]])
+    text = [1, 2, 3, 4, 5]
+    want = perplexity(causal, text, max_length=2, stride=2)
+    assert perplexity(causal, text, max_length=size, stride=size, batch_size=size) == want
+    assert perplexity(causal, text, max_length=size) == perplexity(causal, text, max_length=2)
+    assert type(PromptLookup(size, min_match=size, branches=size).tokens) is int
 
 
 def test_numpys_numbers_rank_samples_as_pythons_do() -> None:

@@ -175,6 +175,7 @@ def _checked(draft: Draft, row: Row, limit: int, vocabulary: int, by_chance: boo
 
 
 def positive(name: str, value: Any) -> int:
+    value = plain(value)
     if type(value) is not int or value < 1:
         raise ValueError(f"{name} is {value!r}; it must be an integer >= 1")
     return value

@@ -142,7 +142,7 @@ def rows_of(input_ids: Any, name: str = "input_ids") -> tuple[list[Tensor], torc
     if getattr(input_ids, "dtype", None) is not None and input_ids.dtype == object:  # numpy's array of lists
         input_ids = list(input_ids)
     if hasattr(input_ids, "__array__"):  # a tensor, or numpy's array
-        input_ids = torch.as_tensor(input_ids)
+        input_ids = _tensor(input_ids, name)
         device = input_ids.device
         if input_ids.dim() not in (1, 2):
             raise ValueError(f"{name} has shape {list(input_ids.shape)}; one row [T] or rows [B, T] are needed")
@@ -166,10 +166,7 @@ def padded(rows: Sequence[Tensor], pad_id: int, device: torch.device) -> Tensor:
 def _row(row: object, name: str) -> Tensor:
     if isinstance(row, str):
         raise TypeError(f"{name} is text; encode it first")
-    try:
-        ids = torch.as_tensor(row).cpu() if hasattr(row, "__array__") else torch.tensor(row)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} is not a sequence of integers: {error}") from None
+    ids = _tensor(row, name).cpu()
     if ids.dim() != 1:
         raise ValueError(f"{name} is not a flat sequence of integers")
     if len(ids) == 0:
@@ -184,3 +181,16 @@ def _row(row: object, name: str) -> Tensor:
             "and rows of different length are given as lists, without padding"
         )
     return ids
+
+
+def _tensor(values: Any, name: str) -> Tensor:
+    """A tensor as it is; what is in a list or in numpy's array, whose memory torch may not be able to take, as a copy."""
+    if isinstance(values, Tensor):
+        return values
+    try:
+        if hasattr(values, "__array__"):
+            array = values.__array__()
+            values = array.astype(array.dtype.newbyteorder("="), order="C")
+        return torch.tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} is not a sequence of integers: {error}") from None

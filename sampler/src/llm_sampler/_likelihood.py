@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._forward import Forward, padded, placed
+from ._settings import plain
 
 _MOST_ASKED = 4096  # positions whose logits one forward gives, but for those of a single row
 
@@ -53,6 +54,7 @@ def log_likelihoods(
 
     Uses `forward_func.gather_logprobs` where there is one, otherwise logits and the gather below.
     """
+    batch_size = plain(batch_size)
     if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size!r}; it must be an integer >= 1")
     _check_ids(requests, forward.vocab_size)

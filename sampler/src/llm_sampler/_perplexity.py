@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._forward import Forward, ForwardFunc, rows_of
 from ._likelihood import Request, log_likelihoods
+from ._settings import plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ def perplexity(
         >>> len(result.logprobs), round(result.perplexity, 4)
         (6, 4.0)
     """
+    max_length, stride = plain(max_length), plain(stride)
     stride = max(1, max_length // 2) if stride is None and type(max_length) is int else stride
     if type(max_length) is not int or max_length < 2:
         raise ValueError(f"max_length is {max_length!r}; it must be an integer >= 2, such as the model's context")
