@@ -36,11 +36,12 @@ def choices(sequences: Sequence[Sequence[int]], *, end_id: int | None = None) ->
     end_id = plain(end_id)
     ends = () if end_id is None else (end_id,)
     root: dict[int, Any] = {}
+    first: dict[tuple[int, ...], int] = {}
     for index, word in enumerate(words):
         if not word or not all(type(token) is int and token >= 0 for token in word):
             raise ValueError(f"choices: {index} is {word!r}; a choice is one or more ids, each an integer >= 0")
-        if words.index(word) < index:
-            raise ValueError(f"choices: {index} is the same as {words.index(word)}; leave one away")
+        if first.setdefault(word, index) < index:
+            raise ValueError(f"choices: {index} is the same as {first[word]}; leave one away")
         _node(root, (*word, *ends))
     if starts := [word for word in words if not ends and _node(root, word)]:
         raise ValueError(f"choices: another one starts with {starts[0]!r}; give end_id, so that a row can end with it")
