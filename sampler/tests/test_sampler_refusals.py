@@ -55,7 +55,7 @@ def flat_logits(ids):
         ([[1]], {"order": ["top_k", "top_k"]}, "more than once"),
         ([[1]], {"order": ["top_k"], "top_p": 0.5}, "top_p is set, but order does not name it"),
         ([[1]], {"vocab_size": 0}, "vocab_size is 0"),
-        ([[1, 7]], {"vocab_size": 5}, "row 0 holds the id 7, and the vocabulary has 5"),
+        ([[2], [1, 3, 7]], {"vocab_size": 5}, "row 1 holds the id 7 at position 2, and the vocabulary has 5"),
         ([[1]], {"pad_id": -1}, "pad_id is -1"),
         ([[1]], {"typical_p": 0}, "typical_p is 0; it must be in (0, 1]"),
         ([[1]], {"epsilon_cutoff": 1}, "epsilon_cutoff is 1; it must be in [0, 1)"),
@@ -147,7 +147,7 @@ def bad(row: int, value: float, every: bool = False) -> object:
             "step 1: forward_func returned logits on meta, and on cpu before; they must hold values",
         ),
         (lambda ids: torch.zeros(*ids.shape, 6 + ids.shape[1]), "step 1: .* 9 logits per position, and 8 before"),
-        (lambda ids: torch.zeros(*ids.shape, 2), "row 1 holds the id 2, and the vocabulary has 2"),
+        (lambda ids: torch.zeros(*ids.shape, 2), "row 1 holds the id 2 at position 0, and the vocabulary has 2"),
     ],
 )
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ class Claiming:
 def test_ids_beyond_what_a_forward_says_it_knows_are_refused_before_it_runs(options: dict[str, Any]) -> None:
     forward = Claiming(8)
     call = beam_search if options else sample
-    with pytest.raises(ValueError, match="input_ids: row 1 holds the id 8, and the vocabulary has 8"):
+    with pytest.raises(ValueError, match="input_ids: row 1 holds the id 8 at position 1, and the vocabulary has 8"):
         call(forward, [[1], [2, 8]], max_new_tokens=2, **options)
     with pytest.raises(ValueError, match="stop_ids: row 0 holds the id 9, and the vocabulary has 8"):
         call(forward, [[1]], max_new_tokens=2, stop_ids=9, **options)

@@ -94,8 +94,9 @@ def check_ids(rows: Sequence[Row], sampler: Sampler, vocabulary: int) -> None:
         for name, group in groups.items():
             largest = max(group, default=0)
             if largest >= vocabulary:
+                place = f" at position {row.ids.index(largest)}" if name == "input_ids" else ""
                 raise ValueError(
-                    f"{name}: row {row.index} holds the id {largest}, and the vocabulary has {vocabulary}; "
+                    f"{name}: row {row.index} holds the id {largest}{place}, and the vocabulary has {vocabulary}; "
                     "does the tokenizer belong to this model?"
                 )
 
