@@ -58,6 +58,11 @@ def test_rows_may_have_constraints_of_their_own_or_none() -> None:
     assert [row.finished for row in rows] == ["complete", "length", "complete"]
 
 
+def test_a_choice_that_is_complete_ends_its_row_before_min_new_tokens() -> None:
+    [row] = generate(table, [[0]], max_new_tokens=9, min_new_tokens=5, seed=0, processors=choices([[1, 2]]))
+    assert (row.tokens, row.finished) == ((1, 2), "complete")
+
+
 @pytest.mark.parametrize(
     ("sequences", "message"),
     [

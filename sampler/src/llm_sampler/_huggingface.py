@@ -28,7 +28,7 @@ def from_huggingface(
 
     It keeps the keys and values of the last batches and finds by content what it has of each row: rows may grow,
     shrink, change places, be dropped or fan out. A beginning that several rows share is computed once. What it returns
-    depends on nothing but the ids.
+    are the logits of the ids alone, up to rounding: the last bits depend on what was kept and which rows are beside.
 
     Args:
         model: such as `AutoModelForCausalLM.from_pretrained(...)`, in eval mode; where it lies, the ids are taken.
