@@ -11,7 +11,6 @@ import transformers as hf
 from transformers import AutoModelForCausalLM
 
 import llm_partial_run
-import llm_sepweight
 from offloading import (
     CONFIGS,
     GENERATE,
@@ -36,7 +35,7 @@ def test_tokens_are_those_without_offloading_and_streamed_logits_are_the_residen
     expected = theirs.generate(PROMPTS, attention_mask=MASK, max_new_tokens=8, **GENERATE)
     expected_logits = logits(theirs, input_ids=PROMPTS, attention_mask=MASK)
     least, streamed, results = smallest(checkpoint, model), [], []
-    for memory in (least, least + 15_000, "1GiB"):
+    for memory in (least, least + 60_000, "1GiB"):  # the second: four more slots, and some slices
         with offloaded(checkpoint, model, memory) as run:
             streamed.append(run.plan.streamed)
             tokens = model.generate(PROMPTS, attention_mask=MASK, max_new_tokens=8, **GENERATE)
@@ -144,9 +143,6 @@ def test_blocks_that_share_their_weights_are_refused(tmp_path):
 def test_the_program_in_the_readme_runs(tmp_path):
     readme = (Path(__file__).parent.parent / "partial_run/README.md").read_text()
     (program,) = [block for block in readme.split("```")[1::2] if "layout_from_module" in block]
-    names: dict[str, Any] = vars(hf) | dict(
-        torch=torch, llm_sepweight=llm_sepweight, llm_partial_run=llm_partial_run,
-        model_dir=save(CONFIGS["gpt2"], tmp_path), input_ids=PROMPTS,
-    )  # fmt: skip
+    names: dict[str, Any] = dict(model_dir=save(CONFIGS["gpt2"], tmp_path), input_ids=PROMPTS)
     exec(program, names)
     assert names["run"].stats.passes == 32

