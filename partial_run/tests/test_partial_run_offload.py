@@ -403,21 +403,35 @@ def test_blocks_called_twice_or_out_of_order_are_refused(case, kind, message, me
                 run.module(IDS)
 
 
-def test_an_order_that_is_given_is_followed(tmp_path, file_store):
+def test_an_order_that_is_given_is_followed_with_the_weights_as_any_layout_numbers_them(case):
+    case.kind = case.resident.__class__ = Backwards
     module = on_meta(Backwards)
-    case = Case(tmp_path / "weights", file_store, Backwards)
-    layout = layout_from_module(module, blocks=list(reversed(module.blocks)))
-    assert layout("blocks.11.up.weight", {}) == [("mid.00000", "up.weight")]
-    case.store = file_store(
-        tmp_path / "reversed",
-        {part: {} for part in case.weights}
-        | {
-            part: {name: t for key, t in case.resident.state_dict().items() for p, name in layout(key, {}) if p == part}
-            for part in case.weights
-        },
-    )
-    with case.offload(module=module, blocks=list(reversed(module.blocks))):
-        torch.testing.assert_close(module(IDS), case.resident(IDS), atol=2e-5, rtol=0)
+    given = list(reversed(module.blocks))
+    for layout in (layout_from_module(module), layout_from_module(module, blocks=given)):
+        assert layout("blocks.11.up.weight", {}) == [("mid.00011", "up.weight")]
+    for memory in (case.smallest(module=module, blocks=given), "1GiB"):
+        with case.offload(memory, module, blocks=given) as run:
+            assert run.blocks[0] == "blocks.11"
+            torch.testing.assert_close(module(IDS), case.resident(IDS), atol=2e-5, rtol=0)
+
+
+def test_an_order_that_is_given_is_read_ahead_from_the_first_pass_on(tmp_path, file_store):
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(128, 128) for _ in range(LAYERS))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in reversed(self.blocks):
+                x = x + torch.tanh(block(x))
+            return x
+
+    case, module = Case(tmp_path / "weights", file_store, Plain), on_meta(Plain)
+    given, x = list(reversed(module.blocks)), torch.randn(1, 3, 128)
+    with case.offload(case.smallest(module=module, blocks=given), module, blocks=given) as run:
+        torch.testing.assert_close(module(x), case.resident(x), atol=2e-5, rtol=0)
+        assert run.stats.bytes_read == run.plan.streamed > 0
+    case.store.close()
 
 
 def test_training_and_gradients_are_refused(case):

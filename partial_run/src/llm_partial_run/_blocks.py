@@ -60,20 +60,25 @@ def find_blocks(module: nn.Module, blocks: str | Iterable[nn.Module] | None = No
 
 
 def parts_of(module: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The module as parts: begin and end are the module itself, of which they name the tensors beside the blocks."""
-    return {"begin": module, **{_part(i): block for i, block in enumerate(blocks.values())}, "end": module}
+    """The module as parts: begin and end are the module itself, of which they name the tensors beside the blocks.
+
+    They come in the order of the blocks. Their numbers are another: the one in which the module registers them.
+    """
+    numbered = _numbered(module, blocks)
+    return {"begin": module, **{numbered[path]: block for path, block in blocks.items()}, "end": module}
 
 
 def places(module: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
     """(part, name) of each parameter and persistent buffer: relative to its block, or beside the blocks in full."""
     order = {path: i for i, (path, _) in enumerate(module.named_modules())}
     first = min(order[path] for path in blocks)
+    numbered = _numbered(module, blocks)
     found = {}
     for key in module.state_dict(keep_vars=True):
         owner, _, _ = key.rpartition(".")
-        block = next((i for i, path in enumerate(blocks) if key.startswith(path + ".")), None)
+        block = next((path for path in blocks if key.startswith(path + ".")), None)
         if block is not None:
-            found[key] = _part(block), key[len(list(blocks)[block]) + 1 :]
+            found[key] = numbered[block], key[len(block) + 1 :]
         else:
             found[key] = "begin" if order[owner] < first else "end", key
     return found
@@ -86,7 +91,7 @@ def layout_from_module(module: nn.Module, *, blocks: str | Iterable[nn.Module] |
     transformers model keys are renamed as `from_pretrained` renames them, with or without the prefix of the base model.
     Dropped are old checkpoints' computed buffers, what the module itself ignores, and for a base model the keys beside it.
 
-    :param blocks: as for `offload`.
+    :param blocks: as for `offload`; their order makes no difference here.
     :returns: `layout(key, config) -> [(part, name)]`, as `llm_sepweight.open` takes it. It raises ValueError naming a key for
         which the module has no place.
 
@@ -131,8 +136,10 @@ def _dropped(module: nn.Module, name: str, prefix: str) -> bool:
     return is_base and beside
 
 
-def _part(i: int) -> str:
-    return f"mid.{i:05d}"
+def _numbered(module: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The part of each block, by its path. A layout numbers alike, whether it is told the order of the calls or not."""
+    registered = [path for path, _ in module.named_modules() if path in blocks]
+    return {path: f"mid.{i:05d}" for i, path in enumerate(registered)}
 
 
 def _is_list(module: nn.Module) -> bool:

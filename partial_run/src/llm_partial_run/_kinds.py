@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._blocks import places
+from ._blocks import parts_of, places
 from ._units import Model, Unit, _slices
 
 SMALL = 1 << 20  # bytes: a tensor of a block that is no larger always stays, as does any with one dimension
@@ -119,6 +119,8 @@ def survey_blocks(
             kept_nbytes += nbytes
             continue
         units += _slices(part, name, info.shape[0], info.nbytes, nbytes)
+    turns = {part: turn for turn, part in enumerate(parts_of(module, blocks))}
+    units.sort(key=lambda unit: turns[unit.part])
     block_width = max(widths[part] for part in parts if part.startswith("mid"))
     model = Model(
         tuple(units), (), tuple(kept), kept_nbytes, gathered_nbytes, stored_nbytes, dtype, converted, vocab_size,

@@ -112,6 +112,7 @@ class Offload:
         self._device, self._progress = torch.device(device), progress
         tokens = max(rows, min(tokens or rows * context, rows * context))
         parts = parts_of(module, found)
+        self._parts = tuple(parts)[1:-1]  # of the blocks, in the order in which they are called
         named = places(module, found)
         used = dict.fromkeys(part for part, _ in named.values())
         store = Tied(as_store(weights, {part: parts[part] for part in used}), module, named)
@@ -278,7 +279,7 @@ class Offload:
         self._next = i + 1
         if self._progress is not None:
             self._progress("pass", i, len(self._modules))
-        self._binding = self._weights.bind_block(f"mid.{i:05d}")
+        self._binding = self._weights.bind_block(self._parts[i])
         self._block_start, self._block_waited = time.perf_counter(), self._weights.waited
         self._inside = i
 
