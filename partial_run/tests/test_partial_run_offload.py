@@ -284,6 +284,43 @@ def test_what_lies_beside_the_blocks_serves_other_threads_too(case):
         assert all(torch.equal(result, expected) for result in passes.result(20))
 
 
+class Conv1D(nn.Module):
+    """As GPT-2's, by whose name it is known: a slice of its matrix gives no outputs, so that it is bound as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(HIDDEN, HIDDEN)), nn.Parameter(torch.empty(HIDDEN))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+Conv1D.__module__, _, Conv1D.__qualname__ = _kinds.CONV1D.rpartition(".")
+
+
+class Convolutions(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.after = Conv1D()
+        for block in self.blocks:
+            block.up, block.down = Conv1D(), Conv1D()
+
+
+@pytest.mark.filterwarnings("ignore:.*not its turn")
+def test_matrices_bound_as_one_while_they_are_called_serve_other_threads_too(case):
+    case = Case(case.path / "convolutions", case.store_of, Convolutions)
+    x = torch.randn(1, 3, HIDDEN)
+    with case.offload(case.smallest()) as run, ThreadPoolExecutor(8) as pool:
+        expected, others = run.module(IDS), [run.module.after, run.module.blocks[7].up]
+        beside = [module(x) for module in others]
+        passes = pool.submit(lambda: [run.module(IDS) for _ in range(30)])
+        results = list(pool.map(lambda module: module(x), others * 150))
+        assert all(map(torch.equal, results, beside * 150))
+        assert all(torch.equal(result, expected) for result in passes.result(20))
+    torch.testing.assert_close(expected, case.resident(IDS), atol=2e-5, rtol=0)
+    case.store.close()
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_pass_that_a_thread_has_died_in_hinders_no_other(case):
     with case.offload(case.smallest()) as run:

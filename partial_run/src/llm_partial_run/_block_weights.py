@@ -52,8 +52,8 @@ class BlockWeights(Weights):
         self._at = 0  # how many of them this pass has taken or left out
         self._asked: list[Unit] = []
         self._settled = False
-        self._room_used = 0  # bytes of the room for tensors in one piece that the running block has
         self._one_at_a_time = threading.Lock()  # for who calls a module beside the blocks in another thread
+        self._one_called = threading.Lock()  # of the matrices that are put together for a call: they share their memory
         self._alone = False  # the last slice came by a read of its own
         self._untimely: Unit | None = None  # the first slice of this pass that did, though the order was known
         self._warned = False
@@ -94,12 +94,12 @@ class BlockWeights(Weights):
 
     def bind_block(self, part: str) -> ExitStack:
         """Give a block its whole tensors, until the stack that this returns is closed."""
-        self._room_used = 0
+        used = 0  # bytes of the room
         with ExitStack() as binding:
             for owner, name in self._survey.whole:
                 if owner == part and (part, name) not in self._complete:
-                    tensor = self._assemble((part, name), self._room[self._room_used :])
-                    self._room_used += -(-tensor.nbytes // PAGE) * PAGE
+                    tensor = self._assemble((part, name), self._room[used:])
+                    used += -(-tensor.nbytes // PAGE) * PAGE
                     binding.enter_context(bound(self._parts[part], name, tensor))
             return binding.pop_all()
 
@@ -117,9 +117,11 @@ class BlockWeights(Weights):
                     del self._kept[unit]
                 self._opened.enter_context(bound(self._parts[part], name, tensor))
                 self._complete.add((part, name))
-        if len(in_one_piece) > len(self._complete):
-            most = max(sum(part == owner for owner, _ in self._survey.whole) for part in self._parts) + 1
+        if self._survey.whole.keys() - self._complete:
+            most = max(sum(part == owner for owner, _ in self._survey.whole) for part in self._parts)
             self._room = self._memory(self._survey.whole_nbytes + most * PAGE)
+        if self._survey.called.keys() - self._complete:
+            self._room_for_a_call = self._memory(self._survey.called_nbytes)
 
     def _memory(self, nbytes: int) -> Tensor:
         on_cpu = self._device.type == "cpu"
@@ -192,7 +194,7 @@ class BlockWeights(Weights):
     def _call(self, module: nn.Module, tensor: tuple[str, str], x: Tensor) -> Tensor:
         """The module's own forward, with its matrix in one piece."""
         refuse_gradients(": ".join(tensor), x)
-        with bound(module, "weight", self._assemble(tensor, self._room[self._room_used :])):
+        with self._one_called, bound(module, "weight", self._assemble(tensor, self._room_for_a_call)):
             return type(module).forward(module, x)
 
     def _assemble(self, tensor: tuple[str, str], memory: Tensor) -> Tensor:

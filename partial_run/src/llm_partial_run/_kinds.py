@@ -28,7 +28,8 @@ class Survey:
     called: Mapping[tuple[str, str], nn.Module]  # the matrix of this module, bound as one while it runs
     whole: Mapping[tuple[str, str], tuple[int, ...]]  # bound as one while its block runs: its shape
     gathered: tuple[tuple[str, str], ...]  # of which rows are looked up
-    whole_nbytes: int  # most bytes of what is bound as one at a time
+    whole_nbytes: int  # bytes of what is bound as one while a block runs, for the block that has most of it
+    called_nbytes: int  # and of the largest matrix that is bound as one while its module runs
     dtypes: Mapping[tuple[str, str], torch.dtype]  # what each computes in
 
 
@@ -126,7 +127,7 @@ def survey_blocks(
         tuple(units), (), tuple(kept), kept_nbytes, gathered_nbytes, stored_nbytes, dtype, converted, vocab_size,
         hidden_size, max(block_width + _scores(module, context, dtype), vocab_size),
     )  # fmt: skip
-    return Survey(model, sliced, called, whole, tuple(gathered), max(whole_nbytes.values()) + called_nbytes, dtypes)
+    return Survey(model, sliced, called, whole, tuple(gathered), max(whole_nbytes.values()), called_nbytes, dtypes)
 
 
 def _own_dtypes(module: nn.Module, dtype: torch.dtype) -> Callable[[str, torch.Tensor], torch.dtype]:

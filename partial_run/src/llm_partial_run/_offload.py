@@ -184,7 +184,7 @@ class Offload:
             micro_batch=tokens,
             cache_nbytes=caches,
             cache_part_nbytes=caches,  # they are the module's own: they cannot go to disk
-            transient=survey.whole_nbytes + alone + getattr(store, "transient_nbytes", 0),
+            transient=survey.whole_nbytes + survey.called_nbytes + alone + getattr(store, "transient_nbytes", 0),
             device_memory=0 if device_memory is None else parse_bytes(device_memory, "device_memory"),
         )
         streamed = [unit for unit in model.units if unit not in decided.resident_units | decided.device_units]
