@@ -37,6 +37,15 @@ WINDOWS: dict[str, Any] = dict(sliding_window=5, layer_types=["sliding_attention
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)
 
 
+LATENT: dict[str, Any] = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16)
+
+
+ROUTED: dict[str, Any] = LLAMA | dict(
+    num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, first_k_dense_replace=1,
+    n_group=2, topk_group=1, n_shared_experts=1, experts_implementation="eager",
+)  # fmt: skip
+
+
 CONFIGS = {
     "llama": hf.LlamaConfig(**LLAMA),
     "llama tied": hf.LlamaConfig(**LLAMA, tie_word_embeddings=True),
@@ -64,6 +73,8 @@ CONFIGS = {
     "qwen2": hf.Qwen2Config(**LLAMA),
     "qwen3": hf.Qwen3Config(**LLAMA, head_dim=16),
     "mixtral": hf.MixtralConfig(**MOE, num_local_experts=4),
+    "deepseek v2": hf.DeepseekV2Config(**ROUTED | LATENT),
+    "minicpm3": hf.MiniCPM3Config(**LLAMA | LATENT | dict[str, Any](num_key_value_heads=4)),
     "qwen3 moe": hf.Qwen3MoeConfig(**MOE | dict[str, Any](num_experts=4, moe_intermediate_size=24, head_dim=8)),
 }
 

@@ -12,7 +12,22 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import llm_partial_run
 import llm_sepweight
-from offloading import CONFIGS, GENERATE, LLAMA, MASK, PROMPTS, T5, logits, offloaded, on_meta, resident, save, smallest
+from offloading import (
+    CONFIGS,
+    GENERATE,
+    LATENT,
+    LLAMA,
+    MASK,
+    PROMPTS,
+    ROUTED,
+    T5,
+    logits,
+    offloaded,
+    on_meta,
+    resident,
+    save,
+    smallest,
+)
 
 pytestmark = pytest.mark.usefixtures("small_slices")
 
@@ -74,21 +89,9 @@ def test_a_tied_head_may_be_stored_under_either_name(name, first, second, tmp_pa
         assert torch.equal(model.generate(PROMPTS, attention_mask=MASK, max_new_tokens=8, **GENERATE), expected)
 
 
-ROUTED: dict[str, Any] = LLAMA | dict(
-    num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, first_k_dense_replace=1,
-    head_dim=8, experts_implementation="eager",
-)  # fmt: skip
-
-
-LATENT: dict[str, Any] = dict(
-    n_group=2, topk_group=1, n_shared_experts=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
-    v_head_dim=8,
-)  # fmt: skip
-
-
 KEPT_IN_FP32: dict[str, Any] = {
     "deepseek v3": hf.DeepseekV3Config(**ROUTED | LATENT),
-    "glm4 moe": hf.Glm4MoeConfig(**ROUTED),
+    "glm4 moe": hf.Glm4MoeConfig(**ROUTED, head_dim=8),
     "t5": hf.T5Config(**T5),
 }
 

@@ -158,31 +158,45 @@ def _own_dtypes(module: nn.Module, dtype: torch.dtype) -> Callable[[str, torch.T
 def cache_nbytes(module: nn.Module, rows: int, context: int, dtype: torch.dtype) -> int:
     """Keys and values that a transformers model keeps, by its config; 0 where the module has none.
 
-    A hybrid or latent cache is smaller, so this is then more than it takes.
+    A hybrid cache is smaller, so this is then more than it takes.
     """
     config = _text_config(module)
-    _, key_heads, width = _heads(config)
-    return 2 * key_heads * width * rows * context * dtype.itemsize * getattr(config, "num_hidden_layers", 0)
+    _, key_heads, key, value = _heads(config)
+    kept = key_heads * (key + value)
+    if any(hasattr(child, "expand_kv") for child in module.modules()):  # transformers' latent attention from 5.x on
+        kept = config.kv_lora_rank + config.qk_rope_head_dim
+    return kept * rows * context * dtype.itemsize * getattr(config, "num_hidden_layers", 0)
 
 
 def copied_nbytes(module: nn.Module, rows: int, context: int, dtype: torch.dtype) -> int:
     """What attention copies of the keys and values of one layer, for a while.
 
     A cache grows by `cat`: the longer keys, or values, are there beside the shorter ones. Where several heads share a key,
-    both are repeated for each head, as transformers does it wherever there is a mask and more than one token.
+    both are repeated for each head, as transformers does it wherever there is a mask and more than one token. Latent ones
+    are expanded for each head, and put together. Where values are narrower than keys torch takes both in fp32, and
+    scales the keys.
     """
-    heads, key_heads, width = _heads(_text_config(module))
-    repeated = 2 * heads if heads > key_heads else 0
-    return (key_heads + repeated) * width * rows * context * dtype.itemsize
+    config = _text_config(module)
+    heads, key_heads, key, value = _heads(config)
+    copied = key_heads * max(key, value)
+    if heads > key_heads:
+        copied += heads * (key + value)
+    if getattr(config, "kv_lora_rank", None):
+        copied += heads * (2 * key + value)
+    in_fp32 = heads * (2 * key + value) if key != value else 0
+    return (copied * dtype.itemsize + in_fp32 * 4) * rows * context
 
 
-def _heads(config: Any) -> tuple[int, int, int]:
-    """Query heads, heads of keys and values, and what a key or value has in each; 0 where the config does not say."""
+def _heads(config: Any) -> tuple[int, int, int, int]:
+    """Query heads, heads of keys and values, and what a key and a value have in each; 0 where the config does not say."""
     heads = getattr(config, "num_attention_heads", None)
     if not heads:
-        return 0, 0, 0
+        return 0, 0, 0, 0
     key_heads = 1 if _multi_query(config) else getattr(config, "num_key_value_heads", None) or heads
-    return heads, key_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+    key = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if hasattr(config, "qk_nope_head_dim"):  # then head_dim may be that of the turned part alone
+        key = config.qk_nope_head_dim + config.qk_rope_head_dim
+    return heads, key_heads, key, getattr(config, "v_head_dim", None) or key
 
 
 def _multi_query(config: Any) -> bool:
@@ -194,10 +208,11 @@ def _scores(module: nn.Module, context: int, dtype: torch.dtype) -> int:
     """Elements per token of attention scores, and of a mask for each head, for a model that holds all of them at once.
 
     Two in fp32 and four in the computing dtype are more than was seen of any model that computes them one by one; torch,
-    too, does so for a key that is shared without being repeated.
+    too, does so for a key that is shared without being repeated, and for values that are not as wide as keys.
     """
     config = _text_config(module)
-    eager = getattr(config, "_attn_implementation", None) == "eager" or _multi_query(config)
+    _, _, key, value = _heads(config)
+    eager = getattr(config, "_attn_implementation", None) == "eager" or _multi_query(config) or key != value
     alibi = bool(getattr(config, "alibi", False))  # Falcon's goes into the mask, which is then one of each row and head
     held = (4 * dtype.itemsize + 2 * 4) * eager + dtype.itemsize * alibi
     nbytes = held * context * getattr(config, "num_attention_heads", 0)
