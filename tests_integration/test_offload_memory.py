@@ -13,8 +13,8 @@ import torch
 import transformers as hf
 from transformers import AutoModelForCausalLM
 
-from llm_partial_run import _kinds
-from offloading import CONFIGS, offloaded, on_meta, resident, save
+from llm_partial_run import _kinds, _units
+from offloading import CONFIGS, LLAMA, offloaded, on_meta, resident, save
 
 pytestmark = pytest.mark.usefixtures("small_slices")
 
@@ -43,6 +43,18 @@ def test_the_plan_counts_what_is_allocated_when_a_long_prompt_comes_in_chunks(na
     with offloaded(path, model, context=256, tokens=64) as run:
         allocated = peak_of_allocations(lambda: chunk_by_chunk(model, prompts, mask))
     assert allocated <= run.plan.caches + run.plan.activations
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", [dict(do_sample=False), dict(do_sample=True, top_p=0.9)], ids=["greedy", "top_p"])
+def test_the_plan_counts_what_generate_holds_of_a_large_vocabulary(how, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(_units, "SLICE", 4 << 20)
+    path = save(hf.LlamaConfig(**LLAMA | dict[str, Any](vocab_size=8192)), tmp_path, dtype)
+    model, prompts = on_meta(path), torch.ones(32, 4, dtype=torch.long)
+    how = dict(max_new_tokens=3, eos_token_id=None, pad_token_id=0, prefill_chunk_size=2) | how
+    with offloaded(path, model, rows=32, context=8, tokens=64) as run:
+        allocated = peak_of_allocations(lambda: model.generate(prompts, **how))
+    assert allocated <= run.plan.used - run.plan.kept - run.plan.resident
 
 
 def chunk_by_chunk(model, prompts, mask):

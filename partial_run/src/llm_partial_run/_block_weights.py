@@ -175,7 +175,7 @@ class BlockWeights(Weights):
 
     def _linear(self, linear: nn.Linear, units: list[Unit], compute: Compute, x: Tensor) -> Tensor:
         refuse_gradients(f"{units[0].part}: {units[0].name}", x)
-        return super()._linear(linear, units, compute, x)
+        return super()._linear(linear, units, compute, x.contiguous())  # else torch copies the matrix for each row of x
 
     def _slice(self, unit: Unit, x: Tensor, bias: Tensor | None) -> Tensor:
         with self._slice_of(unit) as rows:
@@ -183,6 +183,7 @@ class BlockWeights(Weights):
 
     def _falcon(self, module: nn.Linear, units: list[Unit], x: Tensor) -> Tensor:
         refuse_gradients(f"{units[0].part}: {units[0].name}", x)
+        x = x.contiguous()
         outputs = []  # each [..., rows of the slice]
         for unit in units:
             with self._slice_of(unit) as rows:

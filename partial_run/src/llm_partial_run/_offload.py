@@ -31,6 +31,11 @@ from ._weights import Progress, bound
 # in `generate`, 12 to 17 with beams.
 FOREIGN = 20 << 20
 
+# What `generate` holds of each row and entry of the vocabulary, beside the logits that a pass gives and the plan counts:
+# fp32 copies, a sort with its int64 indices, probabilities. 7 numbers of 4 bytes were seen at most with top_k and top_p;
+# the heap does not give all of it back at once.
+SAMPLING = 10 * 4
+
 
 def offload(
     module: nn.Module,
@@ -184,7 +189,11 @@ class Offload:
             micro_batch=tokens,
             cache_nbytes=caches,
             cache_part_nbytes=caches,  # they are the module's own: they cannot go to disk
-            transient=survey.whole_nbytes + survey.called_nbytes + alone + getattr(store, "transient_nbytes", 0),
+            transient=survey.whole_nbytes
+            + survey.called_nbytes
+            + alone
+            + getattr(store, "transient_nbytes", 0)
+            + rows * model.vocab_size * SAMPLING,
             device_memory=0 if device_memory is None else parse_bytes(device_memory, "device_memory"),
         )
         streamed = [unit for unit in model.units if unit not in decided.resident_units | decided.device_units]
