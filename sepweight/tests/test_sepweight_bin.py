@@ -108,13 +108,52 @@ def test_no_name_but_those_of_tensors_is_looked_up(tmp_path, name):
         pickle.dumps([1, 2]),
         pickle.dumps({"a": 1}),
         pickle.dumps({3: "x"}),
-        b"\x80\x02}r\xff\xff\xff\xff.",  # a memo of four billion places
+        b"\x80\x02Nr\xff\xff\xff\xff.",  # a memo of four billion places
         b"\x80\x02}U\x01actorch._utils\n_rebuild_tensor_v2\n(K\x00K\x00K\x00K\x00tRs.",
     ],
 )
 def test_a_pickle_of_something_else_is_refused(tmp_path, data):
     with_pickle(tmp_path / "pytorch_model.bin", data)
     with pytest.raises(WeightError, match=r"pytorch_model\.bin"):
+        llm_sepweight.open(tmp_path, at_end)
+
+
+def doubled(times: int) -> bytes:
+    """A tuple of two that are the same tuple, and so on, so many times: few bytes, of which a text would have 2**times."""
+    return b"K\x01K\x01\x86" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(times))
+
+
+STORAGE = b"(X\x01\x00\x00\x00actorch\nFloatStorage\n%bX\x01\x00\x00\x00cK\x01tQ"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"}" + doubled(200) + b"K\x01s.",
+        b"}(" + doubled(200) + b"K\x01u.",
+        b"(" + doubled(200) + b"K\x01d.",
+        b"\x8f(" + doubled(200) + b"\x90.",
+        b"(" + doubled(200) + b"\x91.",
+        b"ccollections\nOrderedDict\n(((" + doubled(200) + b"K\x01tttR.",
+        b"}X\x01\x00\x00\x00a" + doubled(200) + b"s.",
+        b"}X\x01\x00\x00\x00a" + STORAGE % doubled(200) + b"s.",
+        b"}X\x01\x00\x00\x00a" + STORAGE % b"X\x01\x00\x00\x000" + b"}X\x06\x00\x00\x00record" + doubled(200) + b"sbs.",
+        b"\x96" + (1 << 62).to_bytes(8, "little") + b".",
+    ],
+    ids=["setitem", "setitems", "dict", "set", "frozenset", "ordered", "value", "storage", "state", "bytearray"],
+)
+def test_a_small_pickle_takes_neither_time_nor_memory(tmp_path, data):
+    with_pickle(tmp_path / "pytorch_model.bin", data)
+    with pytest.raises(WeightError, match=r"pytorch_model\.bin") as error:
+        llm_sepweight.open(tmp_path, at_end)
+    assert len(str(error.value)) < 500
+
+
+def test_a_tensor_of_more_dimensions_than_there_can_be_is_refused(tmp_path):
+    shape = b"(" + b"\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7f" * 100_000 + b"t"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE % b"X\x01\x00\x00\x000" + b"K\x00" + shape * 2 + b"tR"
+    with_pickle(tmp_path / "pytorch_model.bin", b"}X\x01\x00\x00\x00a" + tensor + b"s.")
+    with pytest.raises(WeightError, match="no valid description of a tensor.*tensor a"):
         llm_sepweight.open(tmp_path, at_end)
 
 

@@ -1,6 +1,7 @@
 """The table of contents of a `.bin` file: a zip of a pickle and, stored as they are, the bytes of each storage.
 
-The pickle is read with every name that it may look up replaced by one of ours, so nothing that a file says is run.
+The pickle is read with every name that it may look up replaced by one of ours, so nothing that a file says is run, and
+nothing in it takes more time or memory than its bytes are worth.
 """
 
 from __future__ import annotations
@@ -8,12 +9,12 @@ from __future__ import annotations
 import io
 import math
 import pickle
-import pickletools
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -22,6 +23,7 @@ from llm_sepweight._errors import WeightError
 from llm_sepweight._header import DTYPES
 
 PICKLE_LIMIT = 100 << 20  # bytes
+DIMENSIONS = 64  # that a tensor of torch may have
 RESAVE = "Save it anew as safetensors, with torch.load(path, weights_only=True) and safetensors.torch.save_file."
 # float32 is pickled as torch.FloatStorage by older, as torch.float32 by younger torch
 STORAGES = {
@@ -59,13 +61,45 @@ def _tensor(args: tuple[Any, ...], dtype: Any) -> _Tensor:
     return _Tensor(storage, offset, tuple(shape), tuple(stride), dtype)
 
 
-class _Contents(pickle.Unpickler):
+def _with_keys(opcode: bytes, where: slice) -> Callable[[Any], None]:
+    """An opcode that enters keys, once they are looked at: the hash of nested tuples, which share, can take for ever."""
+    load = pickle._Unpickler.dispatch[opcode[0]]
+
+    def checked(unpickler: Any) -> None:
+        for key in unpickler.stack[where]:
+            if type(key) not in (str, int):
+                raise pickle.UnpicklingError(f"a {type(key).__name__} is a key in it")
+        load(unpickler)
+
+    return checked
+
+
+def _refused(unpickler: Any) -> None:
+    raise pickle.UnpicklingError("it makes objects that no weights need")
+
+
+def _without_state(unpickler: Any) -> None:
+    unpickler.stack.pop()  # the versions of modules, which a state dict comes with
+    if type(unpickler.stack[-1]) is not OrderedDict:
+        _refused(unpickler)
+
+
+class _Contents(pickle._Unpickler):  # the one in Python: each opcode can be replaced
     """Gives the tensors that a pickle describes, as descriptions. Raises pickle.UnpicklingError at any other name."""
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.SETITEM[0]: _with_keys(pickle.SETITEM, slice(-2, -1)),
+        pickle.SETITEMS[0]: _with_keys(pickle.SETITEMS, slice(None, None, 2)),
+        pickle.DICT[0]: _with_keys(pickle.DICT, slice(None, None, 2)),
+        pickle.BUILD[0]: _without_state,
+        **{opcode[0]: _refused for opcode in (pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8)},
+    }
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data))
         self._names: dict[tuple[str, str], Any] = {
-            ("collections", "OrderedDict"): OrderedDict,
+            ("collections", "OrderedDict"): lambda: OrderedDict(),
             ("torch._utils", "_rebuild_tensor_v2"): lambda *args: _tensor(args, args[0].dtype),
             ("torch._utils", "_rebuild_tensor_v3"): lambda *args: _tensor(args, args[6]),
             ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
@@ -82,7 +116,9 @@ class _Contents(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         _, dtype, record, _, _ = pid
-        return _Storage(str(record), dtype)
+        if type(record) is not str:
+            raise pickle.UnpicklingError("a storage has no name")
+        return _Storage(record, dtype)
 
 
 def read_contents(path: Path) -> list[Extent]:
@@ -102,8 +138,11 @@ def read_contents(path: Path) -> list[Extent]:
             contents = _unpickle(archive.read(data), path)
             extents = []
             for key, tensor in contents.items():
-                if not isinstance(key, str) or not isinstance(tensor, _Tensor):
-                    raise WeightError(f"holds {key!r}, which is not a tensor", file=path, remedy=RESAVE)
+                if type(key) is not str or not isinstance(tensor, _Tensor):
+                    problem = (
+                        f"holds an entry of {type(key).__name__} and {type(tensor).__name__}, which is not a tensor"
+                    )
+                    raise WeightError(problem, file=path, tensor=key if type(key) is str else None, remedy=RESAVE)
                 record = records.get(f"{prefix}data/{tensor.storage.record}")
                 extents.append(_extent(key, tensor, record, file, path, size))
             return extents
@@ -127,9 +166,6 @@ def _pickle_of(archive: zipfile.ZipFile, records: dict[str, zipfile.ZipInfo], pa
 
 def _unpickle(data: bytes, path: Path) -> dict[Any, Any]:
     try:
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name == "LONG_BINPUT" and isinstance(argument, int) and argument > len(data):
-                raise pickle.UnpicklingError("it asks for more memory than any weights need")
         contents = _Contents(data).load()
     except Exception as error:  # a hostile pickle can raise anything
         problem = f"refused, since its pickle does not just list tensors: {error}"
@@ -144,7 +180,8 @@ def _extent(
 ) -> Extent:
     """Where a tensor's bytes are, checked against the storage that it is said to be part of."""
     counts = (tensor.offset, *tensor.shape, *tensor.stride)
-    if not all(type(count) is int and count >= 0 for count in counts) or not isinstance(tensor.dtype, torch.dtype):
+    described = len(tensor.shape) <= DIMENSIONS and isinstance(tensor.dtype, torch.dtype)
+    if not described or not all(type(count) is int and 0 <= count < 1 << 63 for count in counts):
         raise WeightError("no valid description of a tensor", file=path, tensor=key, remedy=DAMAGED)
     if math.prod(count or 1 for count in tensor.shape) >= 1 << 63 or not _is_contiguous(tensor.shape, tensor.stride):
         raise WeightError("not stored in the order of its elements", file=path, tensor=key, remedy=RESAVE)
