@@ -234,6 +234,24 @@ def test_a_shard_that_was_replaced_by_another_of_the_same_size_and_time_is_notic
         llm_sepweight.split(sharded, tmp_path / "split", layout=layout, progress=change)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("what", ["version", "link", "mode"])
+def test_a_split_goes_on_by_another_version_and_with_other_links_and_modes(
+    forks, sharded, tmp_path, layout, monkeypatch, in_place, what
+):
+    kept = {file: file.stat().st_ino for file in unfinished(forks, sharded, tmp_path / "split", in_place)}
+    for file in sharded.glob("*.safetensors"):
+        if what == "link":
+            os.link(file, tmp_path / file.name)
+        elif what == "mode":
+            file.chmod(0o600)
+    if what == "version":
+        monkeypatch.setattr(llm_sepweight, "__version__", "99.0.0")
+    llm_sepweight.split(sharded, tmp_path / "split", layout=layout, in_place=in_place)
+    assert llm_sepweight.verify(tmp_path / "split") == []
+    assert {file: file.stat().st_ino for file in kept} == kept
+
+
 def test_a_freed_shard_that_is_put_back_for_a_damaged_part_is_taken_though_its_times_are_others(
     forks, sharded, tmp_path, layout
 ):

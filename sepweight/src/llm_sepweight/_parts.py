@@ -19,7 +19,7 @@ from llm_sepweight._errors import WeightError
 from llm_sepweight._foreign import check_no_weights, check_same
 from llm_sepweight._freeing import Freeing
 from llm_sepweight._journal import Journal, begin_journal, read_journal, remove_journal
-from llm_sepweight._manifest import MANIFEST, FileInfo, Manifest, PartInfo, needed, read_manifest
+from llm_sepweight._manifest import MANIFEST, VERSION, FileInfo, Manifest, PartInfo, needed, read_manifest
 from llm_sepweight._plan import PlannedPart, plan
 from llm_sepweight._source import Source
 from llm_sepweight._states import same
@@ -153,9 +153,9 @@ def _read_back(path: Path, text: str) -> None:
 
 
 def _identity(source: Source, parts: Mapping[str, PlannedPart]) -> dict[str, Any]:
-    """What is being written: a split goes on only where it is the same."""
+    """What is being written: a split goes on only where it is the same, but by whichever version of this package."""
     files = {part: [planned.file, planned.nbytes, planned.tensors] for part, planned in parts.items()}
-    text = json.dumps([tool(), source.name, encoded(source.config), files])
+    text = json.dumps([VERSION, source.name, encoded(source.config), files])
     return {"source": source.name, "identity": checksum(text.encode())}
 
 

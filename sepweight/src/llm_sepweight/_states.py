@@ -56,7 +56,9 @@ def same(before: dict[str, Any] | None, now: dict[str, Any] | None, *, put_back:
     """Whether two fingerprints, each of a state and a sample, are of one file.
 
     put_back: it may be another copy, as from a backup, which has other times and another inode.
+    When anything of it last changed counts for nothing: another link, or mode, changes that, too.
     """
     if before is None or now is None:
         return before is now
-    return before["sample"] == now["sample"] and (put_back or before["state"] == now["state"])
+    (*was, _, inode_was), (*is_now, _, inode) = before["state"], now["state"]
+    return before["sample"] == now["sample"] and (put_back or (was, inode_was) == (is_now, inode))
