@@ -8,9 +8,11 @@ import random
 import re
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -85,6 +87,75 @@ def test_memory_of_one_dict_after_the_other_may_be_the_same(tmp_path):
     dump(stream(), tmp_path, config={}, layout=lambda key, config: [(f"mid.0000{key}", "x")])
     with llm_sepweight.open(tmp_path) as weights:
         assert [weights.load(part)["x"][0].item() for part in weights.parts] == [0, 1, 2]
+
+
+def test_of_a_stream_one_dict_is_in_memory(tmp_path):
+    def stream():
+        before: weakref.ref | None = None
+        for number in range(3):
+            assert before is None or before() is None
+            memory = np.full(8, number)
+            before = weakref.ref(memory)
+            yield {str(number): torch.from_numpy(memory)}
+            del memory
+
+    dump(stream(), tmp_path, config={}, layout=lambda key, config: [(f"mid.0000{key}", "x")])
+    assert verify(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "place", "message"),
+    [
+        ("other.safetensors", b"", ("end", "x"), "there are other weights here already.*other.safetensors"),
+        ("config.json", b"{}", ("end", "x"), "is of another model.*config.json"),
+        ("README.md", b"", ("nowhere", "x"), "the layout names a part 'nowhere'.*tensor 1"),
+        ("README.md", b"", ("end", "x", -1), "the layout gives the index -1.*tensor 1"),
+        ("README.md", b"", ("begin", "0"), "the layout puts it where 0 already is.*tensor 1"),
+    ],
+)
+def test_what_is_wrong_is_said_before_more_of_a_stream_is_asked_for(tmp_path, name, there, place, message):
+    (tmp_path / name).write_bytes(there)
+
+    def stream():
+        if name == "README.md":
+            yield {"0": torch.ones(8)}
+            yield {"1": torch.ones(8)}
+        raise AssertionError("more is asked for")
+
+    def layout(key, config):
+        return [("begin", "0") if key == "0" else place]
+
+    with pytest.raises(WeightError, match=message):
+        dump(stream(), tmp_path, config={"model_type": "tiny"}, layout=layout)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {name: there}
+
+
+@pytest.mark.parametrize("then", ["dump", "dump another", "fetch"])
+def test_a_dump_that_was_killed_after_the_manifest_is_finished(
+    checkpoint, tensors, layout, expected, tmp_path, monkeypatch, then
+):
+    def killed(directory: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("llm_sepweight._parts.remove_journal", killed)
+        patched.setattr("shutil.rmtree", lambda path: None)
+        with pytest.raises(KeyboardInterrupt):
+            dump(in_pieces(tensors, 0), tmp_path / "new", config=CONFIG, layout=layout)
+    assert {"sepweight.json", ".sepweight.journal", ".sepweight.stage"} <= set(os.listdir(tmp_path / "new"))
+    if then == "dump":
+        dump(in_pieces(tensors, 0), tmp_path / "new", config=CONFIG, layout=layout)
+    elif then == "dump another":
+        zeros = {key: torch.zeros_like(tensor) for key, tensor in tensors.items()}
+        with pytest.raises(WeightError, match="another split model here already"):
+            dump(in_pieces(zeros, 0), tmp_path / "new", config=CONFIG, layout=layout)
+    else:
+        (tmp_path / "source").mkdir()
+        for name in filenames(tmp_path / "new", "f"):
+            (tmp_path / "source" / name).write_bytes((tmp_path / "new" / name).read_bytes())
+        llm_sepweight.fetch(tmp_path / "source", "f", tmp_path / "new")
+    assert not [name for name in os.listdir(tmp_path / "new") if name.startswith(".")]
+    assert_holds(tmp_path / "new", expected)
 
 
 def interrupt(done: int, total: int) -> None:

@@ -31,6 +31,9 @@ from llm_sepweight._pickled import read_contents
 Layout = Callable[[str, Mapping[str, Any]], Sequence[Any]]
 """layout(key, config) -> (part, name) or (part, name, index) for each place where the tensor belongs; none drops it."""
 
+Place = tuple[str, str, int | None]
+"""Part, name and, where it is a slice of a larger tensor, index."""
+
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # what families call it in config.json
 FORMS = (  # in the order in which they are looked for
     ("model.safetensors.index.json", read_header),
@@ -164,7 +167,7 @@ def arrange(extents: list[Extent], layout: Layout, config: dict[str, Any]) -> di
     entries: dict[str, dict[str, Entry]] = {}
     slices: dict[tuple[str, str], dict[int, Extent]] = {}
     for extent in extents:
-        for part, name, index in _places(extent, layout, config):
+        for part, name, index in places(extent.key, layout, config, extent.file):
             part_entries = entries.setdefault(part, {})
             taken = slices.setdefault((part, name), {}) if index is not None else {}
             if name in part_entries or index in taken or (index is None and (part, name) in slices):
@@ -189,23 +192,23 @@ def arrange(extents: list[Extent], layout: Layout, config: dict[str, Any]) -> di
     return in_order(entries)
 
 
-def _places(extent: Extent, layout: Layout, config: dict[str, Any]) -> list[tuple[str, str, int | None]]:
+def places(key: str, layout: Layout, config: dict[str, Any], file: object) -> list[Place]:
     """What the layout says of a key, checked."""
     try:
-        answer = list(layout(extent.key, config))
+        answer = list(layout(key, config))
     except Exception as error:
-        raise WeightError(f"the layout fails: {error}", file=extent.file, tensor=extent.key) from error
-    places = []
+        raise WeightError(f"the layout fails: {error}", file=file, tensor=key) from error
+    found = []
     for place in answer:
         part, name, index = (*place, None) if len(place) == 2 else place
         index = index[0] if isinstance(index, tuple) and len(index) == 1 else index
         if not PART_NAME.fullmatch(part):
             problem = f"the layout names a part {part!r}; parts are begin, mid.00000, ..., end"
-            raise WeightError(problem, file=extent.file, tensor=extent.key)
+            raise WeightError(problem, file=file, tensor=key)
         if index is not None and (type(index) is not int or index < 0):
             problem = (
                 f"the layout gives the index {index!r}; only whole numbers along the first dimension are understood"
             )
-            raise WeightError(problem, file=extent.file, part=part, tensor=extent.key)
-        places.append((part, name, index))
-    return places
+            raise WeightError(problem, file=file, part=part, tensor=key)
+        found.append((part, name, index))
+    return found

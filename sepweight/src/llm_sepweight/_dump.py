@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterable, Mapping
@@ -13,21 +14,21 @@ from typing import Any, cast
 import torch
 
 from llm_sepweight._catalog import Catalog, Entry, Extent, TensorInfo, encoded
-from llm_sepweight._checkpoint import Layout, arrange
+from llm_sepweight._checkpoint import Layout, Place, arrange, places
 from llm_sepweight._copying import Piece, Progress, fill, literal, write_files
 from llm_sepweight._errors import WeightError
+from llm_sepweight._foreign import check_no_weights, check_same
 from llm_sepweight._freeing import Freeing
 from llm_sepweight._header import DTYPES, file_order, make_header, read_header
 from llm_sepweight._journal import read_journal
 from llm_sepweight._manifest import MANIFEST
-from llm_sepweight._parts import check_not_needed, write_parts
+from llm_sepweight._parts import STAGE, check_not_needed, clear_finished, write_parts
 from llm_sepweight._source import StoreSource
 from llm_sepweight._states import states
 from llm_sepweight._store import WeightStore
 from llm_sepweight._writing import locked, naming
 
 StateDict = Mapping[str, torch.Tensor]
-STAGE = ".sepweight.stage"
 
 
 def dump(
@@ -72,17 +73,22 @@ def _dump_stream(
     dtype: torch.dtype | None,
     progress: Progress | None,
 ) -> None:
-    if (directory / MANIFEST).exists():
-        remedy = "Choose another destination, or remove this one first."
-        raise WeightError("there is a split model here already", file=directory / MANIFEST, remedy=remedy)
-    check_not_needed(read_journal(directory))
+    journal = read_journal(directory)
+    check_not_needed(journal)
     stage = directory / STAGE
     if stage.exists():  # of one that was killed
         shutil.rmtree(stage)
+    finished = clear_finished(directory)
+    if (directory / MANIFEST).exists() and not finished:
+        remedy = "Choose another destination, or remove this one first."
+        raise WeightError("there is a split model here already", file=directory / MANIFEST, remedy=remedy)
+    if not finished and (journal is None or journal.plan.get("fingerprint") is not None):
+        check_no_weights(directory)
+        check_same(directory, _config_file(config))
     with naming(stage):
         stage.mkdir()
     try:
-        extents = _write_stage(stage, stream)
+        extents = _write_stage(stage, stream, layout, dict(config))
         parts = arrange(extents, layout, dict(config))
         sizes = {extent.file: Path(extent.file).stat().st_size for extent in extents}
         with WeightStore(stage, Catalog(dict(config), parts, sizes), states=states(stage)) as store:
@@ -92,33 +98,53 @@ def _dump_stream(
         shutil.rmtree(stage)
 
 
-def _write_stage(stage: Path, stream: Iterable[StateDict]) -> list[Extent]:
+def _write_stage(stage: Path, stream: Iterable[StateDict], layout: Layout, config: dict[str, Any]) -> list[Extent]:
     """Write a stream, a file for each dict; where each tensor lies, those that share memory in one place."""
     extents: list[Extent] = []
+    taken: dict[Place, str] = {}
     seen: set[str] = set()
-    for number, tensors in enumerate(stream):
-        infos: dict[str, TensorInfo] = {}
-        flat: dict[str, torch.Tensor] = {}
-        first_name: dict[tuple[int, TensorInfo], str] = {}
-        aliases: dict[str, list[str]] = {}
-        for key, tensor in tensors.items():
-            if key in seen:
-                raise WeightError("this name comes twice in the stream", tensor=key)
-            seen.add(key)
-            info, data = _flat(key, tensor)
-            first = first_name.setdefault((data.data_ptr(), info), key)
-            if first == key or not info.nbytes:
-                infos[key], flat[key] = info, data
-            else:
-                aliases.setdefault(first, []).append(key)
-        file = stage / f"model-{number:05d}.safetensors"
-        order = file_order(infos)
-        contents = [literal(make_header({key: infos[key] for key in order})), *(piece_of(flat[key]) for key in order)]
-        with closing(write_files([(file, contents)])) as written:
-            list(written)
-        for extent in read_header(file):
-            extents += [replace(extent, key=key) for key in (extent.key, *aliases.get(extent.key, ()))]
+    numbers = itertools.count()  # enumerate would keep a dict while the next one is made
+    for tensors in stream:
+        file = stage / f"model-{next(numbers):05d}.safetensors"
+        _check_places(tensors, seen, taken, layout, config)
+        extents += _write_dict(file, tensors)
+        del tensors
     return extents
+
+
+def _check_places(
+    tensors: StateDict, seen: set[str], taken: dict[Place, str], layout: Layout, config: dict[str, Any]
+) -> None:
+    """Raises WeightError where a name comes twice, or the layout has no place for a tensor; before more is asked for."""
+    for key in tensors:
+        if key in seen:
+            raise WeightError("this name comes twice in the stream", tensor=key)
+        seen.add(key)
+        for place in places(key, layout, config, None):
+            if taken.setdefault(place, key) != key:
+                problem = f"the layout puts it where {taken[place]} already is"
+                raise WeightError(problem, part=place[0], tensor=key)
+
+
+def _write_dict(file: Path, tensors: StateDict) -> list[Extent]:
+    infos: dict[str, TensorInfo] = {}
+    flat: dict[str, torch.Tensor] = {}
+    first_name: dict[tuple[int, TensorInfo], str] = {}
+    aliases: dict[str, list[str]] = {}
+    for key, tensor in tensors.items():
+        info, data = _flat(key, tensor)
+        first = first_name.setdefault((data.data_ptr(), info), key)
+        if first == key or not info.nbytes:
+            infos[key], flat[key] = info, data
+        else:
+            aliases.setdefault(first, []).append(key)
+    order = file_order(infos)
+    contents = [literal(make_header({key: infos[key] for key in order})), *(piece_of(flat[key]) for key in order)]
+    with closing(write_files([(file, contents)])) as written:
+        list(written)
+    return [
+        replace(extent, key=key) for extent in read_header(file) for key in (extent.key, *aliases.get(extent.key, ()))
+    ]
 
 
 def _flat(key: str, tensor: torch.Tensor) -> tuple[TensorInfo, torch.Tensor]:

@@ -29,7 +29,7 @@ from llm_sepweight._manifest import (
     read_manifest,
     stored_in,
 )
-from llm_sepweight._parts import is_sound, tool
+from llm_sepweight._parts import clear_finished, is_sound, tool
 from llm_sepweight._plan import PlannedPart, plan
 from llm_sepweight._remote import START, Remote, RemoteFile, open_remote
 from llm_sepweight._source import travels_along
@@ -269,7 +269,7 @@ def _checker(
 def _here(directory: Path, found: Found, remote: Remote) -> Manifest:
     """What the destination holds already, which must be of the same model."""
     remedy = "Choose another destination, or remove this one first."
-    if (journal := read_journal(directory)) is not None:
+    if not clear_finished(directory) and (journal := read_journal(directory)) is not None:
         problem = "there is a split here that is not finished"
         raise WeightError(problem, file=directory, remedy=journal.remedy(remedy))
     if not (directory / MANIFEST).exists():

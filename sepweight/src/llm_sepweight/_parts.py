@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
@@ -24,6 +25,8 @@ from llm_sepweight._plan import PlannedPart, plan
 from llm_sepweight._source import Source
 from llm_sepweight._states import same
 from llm_sepweight._writing import check_room, write_bytes
+
+STAGE = ".sepweight.stage"  # where `dump` writes a stream first
 
 
 def write_parts(
@@ -171,6 +174,17 @@ def check_not_needed(journal: Journal | None) -> None:
     if journal is not None and journal.only_copy:
         problem = f"there is an unfinished split of {journal.plan.get('source')!r} here"
         raise WeightError(problem, file=journal.path.parent, remedy=journal.remedy(""))
+
+
+def clear_finished(directory: Path) -> bool:
+    """Drop the record of a dump, or split, that was killed after the manifest: nothing but this was left to do."""
+    journal = read_journal(directory)
+    if journal is None or journal.only_copy or not (directory / MANIFEST).exists():
+        return False
+    if (directory / STAGE).exists():
+        shutil.rmtree(directory / STAGE)
+    remove_journal(directory)
+    return True
 
 
 def _check_fingerprint(journal: Journal, found: Mapping[str, Any] | None, freed: bool) -> None:
