@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import llm_sepweight
 from llm_sepweight import WeightError, _copying, _parts
+from llm_sepweight._writing import locked
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -268,11 +269,36 @@ def test_a_freed_shard_that_is_put_back_for_a_damaged_part_is_taken_though_its_t
 
 def test_a_record_whose_last_line_was_cut_short_counts_without_it(forks, sharded, tmp_path, layout):
     destination = tmp_path / "split"
-    assert forks(sharded, destination, False, 40)[0] == -9
+    unfinished(forks, sharded, destination, in_place=False)
     journal = destination / ".sepweight.journal"
     journal.write_bytes(journal.read_bytes() + b'{"part": "en')
+
+    def stop(done: int, total: int) -> None:
+        if journal.read_bytes().count(b"\n") > lines:  # one more part is complete
+            raise KeyboardInterrupt
+
+    lines = journal.read_bytes().count(b"\n")
+    with pytest.raises(KeyboardInterrupt):
+        llm_sepweight.split(sharded, destination, layout=layout, progress=stop)
     llm_sepweight.split(sharded, destination, layout=layout)
     assert llm_sepweight.verify(destination) == []
+
+
+def test_a_record_is_changed_only_by_the_split_that_has_the_directory(forks, sharded, tmp_path, layout):
+    destination = tmp_path / "split"
+    assert forks(sharded, destination, False, 40)[0] == -9
+    journal = destination / ".sepweight.journal"
+    torn = journal.read_bytes() + b'{"part": "en'  # the line that another process writes just now
+    journal.write_bytes(torn)
+    with pytest.raises(WeightError, match="not finished"):
+        llm_sepweight.verify(destination)
+    with locked(destination):
+        for in_place in (False, True):
+            with pytest.raises(WeightError, match="another process is writing here"):
+                llm_sepweight.split(sharded, destination, layout=layout, in_place=in_place)
+    with pytest.raises(WeightError, match="not finished"):
+        llm_sepweight.fetch(sharded, "f", destination, layout=layout)
+    assert journal.read_bytes() == torn
 
 
 def test_a_source_that_changes_under_a_split_is_noticed(sharded, tmp_path, layout):

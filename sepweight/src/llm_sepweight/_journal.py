@@ -19,10 +19,14 @@ JOURNAL = ".sepweight.journal"
 
 @dataclass
 class Journal:
-    """`plan` says what is written and from what; `done` has size and checksum of the parts that are complete."""
+    """`plan` says what is written and from what; `done` has size and checksum of the parts that are complete.
+
+    `nbytes`: of its file, but for a last line that was cut short. `add` is for the one that holds the directory's lock.
+    """
 
     path: Path
     plan: dict[str, Any]
+    nbytes: int
     done: dict[str, FileInfo] = field(default_factory=dict)
     file: FileIO | None = None
 
@@ -44,10 +48,12 @@ class Journal:
         with naming(self.path):
             if self.file is None:
                 self.file = FileIO(self.path, "a")
+                self.file.truncate(self.nbytes)
             line = json.dumps({"part": part, **vars(info)}).encode() + b"\n"
             if self.file.write(line) < len(line):
                 raise OSError(0, "it was cut short")
             os.fsync(self.file.fileno())
+            self.nbytes += len(line)
 
     def close(self) -> None:
         if self.file is not None:
@@ -57,16 +63,18 @@ class Journal:
 
 def begin_journal(directory: Path, plan: dict[str, Any], name: str = JOURNAL) -> Journal:
     """A new one, with nothing done."""
-    write_bytes(directory / name, json.dumps(plan).encode() + b"\n")
-    return Journal(directory / name, plan)
+    line = json.dumps(plan).encode() + b"\n"
+    write_bytes(directory / name, line)
+    return Journal(directory / name, plan, len(line))
 
 
 def read_journal(directory: Path, name: str = JOURNAL) -> Journal | None:
-    """That of an unfinished split, if there is one. A last line that was cut short counts for nothing, and is cut off."""
+    """That of an unfinished split, if there is one. A last line that was cut short counts for nothing."""
     path = directory / name
     try:
-        first, *lines, torn = path.read_bytes().split(b"\n")
-        journal = Journal(path, parse_json(first))
+        data = path.read_bytes()
+        first, *lines, torn = data.split(b"\n")
+        journal = Journal(path, parse_json(first), len(data) - len(torn))
         for line in lines:
             entry = parse_json(line)
             journal.done[entry["part"]] = FileInfo(entry["nbytes"], entry["checksum"])
@@ -77,9 +85,6 @@ def read_journal(directory: Path, name: str = JOURNAL) -> Journal | None:
             "If that split was in place, the directory holds the only copy of parts. If not, remove it and split again."
         )
         raise WeightError("the record of an unfinished split cannot be read", file=path, remedy=remedy) from error
-    if torn:
-        with naming(path):
-            os.truncate(path, path.stat().st_size - len(torn))
     return journal
 
 
