@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llm_sampler import HUGGING_FACE_ORDER, DraftModel, generate
+from llm_sampler import HUGGING_FACE_ORDER, DraftModel, _truncate, generate
 from llm_sampler._row import History, Row, Table
 from llm_sampler._scores import Scores
 from llm_sampler._stages import STAGES
@@ -176,6 +176,30 @@ def test_a_tie_is_cut_at_the_same_place_beside_a_row_with_a_processor() -> None:
         return [token for token, _ in first.top_processed_logprobs[0]]
 
     assert kept([[0], [0]]) == kept([[0]])
+
+
+@pytest.mark.parametrize("name", ["epsilon_cutoff", "eta_cutoff", "mirostat"])
+def test_exact_sums_are_for_candidates_near_the_threshold_and_change_nothing_else(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact: list[int] = []
+    weights = _truncate._weights
+    monkeypatch.setattr(_truncate, "_weights", lambda scores: exact.append(1) or weights(scores))
+    g = torch.Generator().manual_seed(1)
+    random = [torch.randn(1, 5003, generator=g) * 4 for _ in range(40)]
+    ties = [whole_logits(1, 5003, seed)[:1] for seed in range(40)]
+    for cases, most in ((random, 8), (ties, 40)):
+        exact.clear()
+        for values in cases:
+            one = float(values.double().softmax(-1).flatten().topk(9).values[8])  # exactly as likely as one of them
+            one = one if cases is ties else 0.9 * one
+            kept = survivors_of(name, values, [one], one)
+            with monkeypatch.context() as always:
+                always.setattr(_truncate, "_NEAR", math.inf)
+                want = survivors_of(name, values, [one], one)
+            exact.pop()
+            assert torch.equal(kept, want)
+        assert len(exact) <= most
 
 
 def survivors_of(name: str, values: Tensor, setting: list, threshold: float) -> Tensor:

@@ -8,6 +8,7 @@ sums are exact, or taken one after the other, and masked candidates change not e
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,12 +18,13 @@ from ._scores import LOWEST, Scores
 
 NO_LIMIT = 1 << 62
 _MOST = (1 << 63) - 1
-_LN_2 = math.log(2)
+_LN_2, _LOG2_E = math.log(2), math.log2(math.e)
 _TINY = 1e-6  # temperatures by which a logit may not be divided in float32
 _LEAST = torch.finfo(torch.float32).tiny
 _WORTH_BINS = 4096  # below this many candidates sorting them is as fast
 _FEW = 256
 _BINS, _BINS_PER_NAT = 4096, 64
+_NEAR = 2e-5  # by less than half of that, sums in float32 move a threshold
 _BITS = 40  # of a weight, for every row the same; their sum is below 2 ** 63 in vocabularies up to 2 ** 22
 
 
@@ -131,7 +133,7 @@ def epsilon_cutoff(epsilon: list, *, device: torch.device):
     threshold = _precise([math.log(value) if value > 0 else -math.inf for value in epsilon], device)
 
     def apply(scores: Scores, history: History) -> Scores:
-        return _with_logprob(scores, threshold, _weights(scores))
+        return _with_logprob(scores, lambda entropy: threshold)
 
     return apply
 
@@ -141,9 +143,7 @@ def eta_cutoff(epsilon: list, *, device: torch.device):
     log_epsilon = _precise([math.log(value) if value > 0 else -math.inf for value in epsilon], device)
 
     def apply(scores: Scores, history: History) -> Scores:
-        weights = _weights(scores)
-        least = torch.minimum(log_epsilon, log_epsilon / 2 - _entropy(weights))
-        return _with_logprob(scores, least, weights)
+        return _with_logprob(scores, lambda entropy: torch.minimum(log_epsilon, log_epsilon / 2 - entropy()))
 
     return apply
 
@@ -178,7 +178,8 @@ def mirostat(tau: list, eta: list, *, device: torch.device):
 
     def apply(scores: Scores, history: History) -> Scores:
         mu = _precise([row.mu for row in history.rows], device)
-        return _with_logprob(scores, torch.where(on, -mu * _LN_2, -torch.inf), _weights(scores))
+        least = torch.where(on, -mu * _LN_2, -torch.inf)
+        return _with_logprob(scores, lambda entropy: least)
 
     return apply
 
@@ -201,6 +202,11 @@ def _whole(parts: Tensor) -> Tensor:
     return parts.mul_(2.0**_BITS).round_().long()
 
 
+def _total(weights: Tensor) -> Tensor:
+    """Their sum [B, 1] in float64, the largest probability being 1."""
+    return weights.sum(-1, keepdim=True).double().mul_(2.0**-_BITS)
+
+
 def _share_of(weights: Tensor, share: Tensor) -> Tensor:
     """The least whole number that is `share` [B, 1] of their sum; more than there is where that is 1."""
     needed = (share * weights.sum(-1, keepdim=True)).ceil_().long()
@@ -209,21 +215,41 @@ def _share_of(weights: Tensor, share: Tensor) -> Tensor:
 
 def _log_total(scores: Scores, weights: Tensor) -> Tensor:
     """log of the sum of exp(values), [B, 1] in float64."""
-    total = weights.sum(-1, keepdim=True) * 2.0**-_BITS
-    return total.log_().add_(scores.values.amax(-1, keepdim=True))
+    return _total(weights).log_().add_(scores.values.amax(-1, keepdim=True))
 
 
 def _entropy(weights: Tensor) -> Tensor:
     """Of each row [B, 1], in nats."""
-    total = weights.sum(-1, keepdim=True)
-    surprise = _whole(torch.special.entr(weights * 2.0**-_BITS))
-    return (total * 2.0**-_BITS).log_().add_(surprise.sum(-1, keepdim=True) / total)
+    total = _total(weights)
+    surprise = _total(_whole(torch.special.entr(weights * 2.0**-_BITS)))
+    return total.log().add_(surprise / total)
 
 
-def _with_logprob(scores: Scores, least: Tensor, weights: Tensor) -> Scores:
-    """The candidates with log-probability >= least [B, 1], and the most likely ones in any case."""
-    threshold = (least + _log_total(scores, weights)).float()
-    return scores.at_least(torch.minimum(threshold, scores.values.amax(-1, keepdim=True)))
+def _with_logprob(scores: Scores, least: Callable[[Callable[[], Tensor]], Tensor]) -> Scores:
+    """The candidates with log-probability >= least(entropy) [B, 1], and the most likely ones in any case.
+
+    Where there are many, the threshold is found in float32 first; exact sums are for when a candidate is so near to it
+    that they decide.
+    """
+    highest = scores.values.amax(-1, keepdim=True)
+    if scores.values.shape[-1] >= _WORTH_BINS:
+        log_total, entropy = _roughly(scores.values, highest)
+        threshold = least(entropy) + log_total
+        low, high = (torch.minimum((threshold + off).float(), highest) for off in (-_NEAR, _NEAR))
+        head = scores.at_least(low)
+        if not bool(((head.values > -torch.inf) & (head.values < high)).any()):
+            return head
+    weights = _weights(scores)
+    threshold = least(lambda: _entropy(weights)) + _log_total(scores, weights)
+    return scores.at_least(torch.minimum(threshold.float(), highest))
+
+
+def _roughly(values: Tensor, highest: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+    """log of the sum of exp(values) [B, 1], and what gives the entropy, by sums in float32."""
+    distances = values - highest
+    parts = (distances * _LOG2_E).exp2_()
+    total = parts.sum(-1, keepdim=True).double()
+    return total.log() + highest, lambda: total.log() - (parts * distances).nansum(-1, keepdim=True) / total
 
 
 def _smallest_set(order: Tensor, weights: Tensor, needed: Tensor) -> Tensor:
