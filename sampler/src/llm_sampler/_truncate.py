@@ -228,28 +228,28 @@ def _entropy(weights: Tensor) -> Tensor:
 def _with_logprob(scores: Scores, least: Callable[[Callable[[], Tensor]], Tensor]) -> Scores:
     """The candidates with log-probability >= least(entropy) [B, 1], and the most likely ones in any case.
 
-    Where there are many, the threshold is found in float32 first; exact sums are for when a candidate is so near to it
-    that they decide.
+    Thresholds are found in float32; exact sums are for rows that have a candidate so near to it that they decide.
     """
-    highest = scores.values.amax(-1, keepdim=True)
-    if scores.values.shape[-1] >= _WORTH_BINS:
-        log_total, entropy = _roughly(scores.values, highest)
-        threshold = least(entropy) + log_total
-        low, high = (torch.minimum((threshold + off).float(), highest) for off in (-_NEAR, _NEAR))
-        head = scores.at_least(low)
-        if not bool(((head.values > -torch.inf) & (head.values < high)).any()):
-            return head
-    weights = _weights(scores)
-    threshold = least(lambda: _entropy(weights)) + _log_total(scores, weights)
-    return scores.at_least(torch.minimum(threshold.float(), highest))
+    values, highest = scores.values, scores.values.amax(-1, keepdim=True)
+    log_total, entropy = _roughly(values, highest)
+    threshold = least(entropy) + log_total
+    low, high = (torch.minimum((threshold + off).float(), highest) for off in (-_NEAR, _NEAR))
+    head = scores.at_least(low)
+    rows = ((head.values > -torch.inf) & (head.values < high)).any(-1).nonzero().squeeze(-1)
+    if not len(rows):
+        return head
+    some = Scores(values[rows], None, scores.vocabulary)
+    weights = _weights(some)
+    log_total = log_total.index_copy(0, rows, _log_total(some, weights))
+    threshold = least(lambda: entropy().index_copy(0, rows, _entropy(weights))) + log_total
+    return head.at_least(torch.minimum(threshold.float(), highest))
 
 
 def _roughly(values: Tensor, highest: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
     """log of the sum of exp(values) [B, 1], and what gives the entropy, by sums in float32."""
-    distances = values - highest
-    parts = (distances * _LOG2_E).exp2_()
+    parts = (values - highest).mul_(_LOG2_E).exp2_()
     total = parts.sum(-1, keepdim=True).double()
-    return total.log() + highest, lambda: total.log() - (parts * distances).nansum(-1, keepdim=True) / total
+    return total.log() + highest, lambda: total.log() + (highest - values).mul_(parts).nansum(-1, keepdim=True) / total
 
 
 def _smallest_set(order: Tensor, weights: Tensor, needed: Tensor) -> Tensor:
