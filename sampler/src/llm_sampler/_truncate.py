@@ -2,7 +2,7 @@
 
 Each is built from one value per row and narrows `Scores`; the most likely token survives all but typical and XTC, and
 at least one survives each. How many candidates a row has beside its own, masked ones, depends on its neighbours; so
-sums are exact, or taken one after the other, and masked candidates change not even a rounding.
+sums that decide are exact, or taken one after the other, and masked candidates change not even a rounding.
 """
 
 from __future__ import annotations
