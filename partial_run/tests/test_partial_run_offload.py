@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
 import pytest
@@ -319,6 +320,47 @@ def test_matrices_bound_as_one_while_they_are_called_serve_other_threads_too(cas
         assert all(torch.equal(result, expected) for result in passes.result(20))
     torch.testing.assert_close(expected, case.resident(IDS), atol=2e-5, rtol=0)
     case.store.close()
+
+
+@pytest.mark.parametrize("memory", ["smallest", "1GiB"])
+def test_closing_waits_for_a_pass_in_another_thread_which_ends_with_an_error(case, memory):
+    inside, told = threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        inside.set()
+        assert told.wait(20)
+
+    run = case.offload(case.smallest() if memory == "smallest" else memory)
+    with ThreadPoolExecutor() as pool:
+        handle = run.module.blocks[5].norm.register_forward_hook(wait)
+        first = pool.submit(run.module, IDS)
+        assert inside.wait(20)
+        closing = pool.submit(run.close)
+        with pytest.raises(FutureTimeoutError):
+            closing.result(0.2)
+        told.set()
+        with pytest.raises(
+            RuntimeError, match=r"this Model is offloaded no more: it was closed|the run was closed while"
+        ):
+            first.result(20)
+        closing.result(20)
+        handle.remove()
+    assert all(type(parameter) is nn.Parameter for parameter in run.module.parameters())
+    run.close()
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_an_interrupted_pass_hinders_no_other_thread(case, by_hand):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with case.offload(case.smallest()) as run, ThreadPoolExecutor() as pool:
+        expected = run.module(IDS)
+        handle = run.module.blocks[0].up.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run.module.blocks[0](torch.ones(1, 2, HIDDEN)) if by_hand else run.module(IDS)
+        handle.remove()
+        assert torch.equal(pool.submit(run.module, IDS).result(20), expected)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -152,10 +152,8 @@ class BlockWeights(Weights):
         for part, name in self._survey.gathered:
             self._stand_in(part, name, functools.partial(self._rows, part, name))
 
-    def _replace_forward(self, module: nn.Module, forward: Any) -> None:
-        own = {"forward": module.__dict__["forward"]} if "forward" in module.__dict__ else {}
-        module.forward = forward
-        self._opened.callback(lambda: (module.__dict__.pop("forward", None), module.__dict__.update(own)))
+    def _replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self._opened.enter_context(replaced_forward(module, forward))
 
     def _unbind(self) -> None:
         """What `_replace_forward` set goes with the rest: a `forward` of somebody else's stays."""
@@ -252,6 +250,18 @@ class BlockWeights(Weights):
             if other.part.startswith("mid") and other.part not in (here, unit.part):
                 return None
         return None
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward meanwhile; then its class's again, or the one that the instance had."""
+    own = {"forward": module.__dict__["forward"]} if "forward" in module.__dict__ else {}
+    module.forward = forward
+    try:
+        yield
+    finally:
+        module.__dict__.pop("forward", None)
+        module.__dict__.update(own)
 
 
 def refuse_gradients(name: str, *tensors: Tensor, of: str = "input") -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._absent import Absent
-from ._block_weights import BlockWeights, refuse_gradients
+from ._block_weights import BlockWeights, refuse_gradients, replaced_forward
 from ._blocks import find_blocks, parts_of, places
 from ._budget import DEFAULT_SHARE, MARGIN, SLACK
 from ._buffers import computed_buffers
@@ -124,27 +124,32 @@ class Offload:
         survey = survey_blocks(module, found, store, dtype=dtype, context=context, whole_blocks=whole_blocks)
         computed = computed_buffers(module, buffers)
         self.plan = self._decide(store, survey, memory, rows, context, tokens, cache, device_memory, runtime)
-        self._turn = threading.Lock()
+        self._turn = threading.Condition()
         self._thread: threading.Thread | None = None  # in which a pass, or a block called by hand, is running
-        self._running: list[nn.Module] = []  # the module, and those within it that have blocks, as they call each other
+        self._calls = 0  # of the module, those within it, and blocks, that it is in
+        self._passing = False
         self._next = 0  # the block that has to be called next
-        self._inside: int | None = None  # the block that is running
-        self._binding = ExitStack()
+        self._closed = False
         self._opened = ExitStack()
         try:
             for name, tensor in computed.items():
                 self._opened.enter_context(bound(module, name, tensor.to(self._device)))
             self._weights = BlockWeights(parts, store, survey, self.plan, self._device, progress)
             self._opened.callback(self._weights.close)
-            for handle in self._hooks():
-                self._opened.callback(handle.remove)
+            self._wrap_forwards()
         except BaseException:
-            self.close()
+            self._opened.close()
             raise
 
     def close(self) -> None:
-        """Give the module its own state back, end the threads, drop the weights. A second time it does nothing."""
-        self._binding.close()
+        """Give the module its own state back, end the threads, drop the weights. A second time it does nothing.
+
+        A pass in another thread ends first, with an error where it needs more weights.
+        """
+        self._closed = True
+        self._weights.stop()
+        with self._turn:
+            self._turn.wait_for(lambda: self._thread in (None, threading.current_thread()))
         self._opened.close()
 
     def __enter__(self) -> Offload:
@@ -201,56 +206,59 @@ class Offload:
 
     # Passes: a call of the module, or of one within it that has the blocks
 
-    def _hooks(self) -> Iterator[Any]:
-        for path, child in self.module.named_modules():
-            if not path or any(block.startswith(path + ".") for block in self.blocks):
-                yield child.register_forward_pre_hook(self._enter)
-                yield child.register_forward_hook(self._leave, always_call=True)
-        for i, block in enumerate(self._modules):
-            yield block.register_forward_pre_hook(partial(self._before, i), with_kwargs=True)
-            yield block.register_forward_hook(partial(self._after, i), always_call=True)
+    def _wrap_forwards(self) -> None:
+        """Forwards and not hooks: those are left out where a call is interrupted."""
+        calls: list[tuple[nn.Module, Callable[..., Any]]] = [
+            (child, self._pass)
+            for path, child in self.module.named_modules()
+            if not path or any(block.startswith(path + ".") for block in self.blocks)
+        ]
+        calls += [(block, partial(self._block, i)) for i, block in enumerate(self._modules)]
+        for module, call in calls:
+            forward = wraps(module.forward)(partial(call, module.forward))
+            self._opened.enter_context(replaced_forward(module, forward))
 
-    def _claim(self) -> None:
+    @contextmanager
+    def _claim(self) -> Iterator[None]:
         """Refuse a second thread: the weights are where one pass is, and the plan counts the keys and values of one call."""
         thread = threading.current_thread()
         with self._turn:
-            owner = self._thread
-            if owner is not None and owner is not thread and owner.is_alive():
+            if self._closed:
                 raise RuntimeError(
-                    f"a pass of this {type(self.module).__name__} is running in thread {owner.name!r}, or was interrupted "
-                    "there: an offloaded module serves one call at a time, so hold a lock of your own around each"
+                    f"this {type(self.module).__name__} is offloaded no more: it was closed while it was called"
                 )
-            if owner is not thread:  # it may have died in a pass
-                self._running.clear()
-                self._inside = None
+            if self._thread not in (None, thread):
+                raise RuntimeError(
+                    f"a pass of this {type(self.module).__name__} is running in thread {self._thread.name!r}: "
+                    "an offloaded module serves one call at a time, so hold a lock of your own around each"
+                )
             self._thread = thread
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._calls -= 1
+                if not self._calls:
+                    self._thread = None
+                    self._turn.notify_all()
 
-    def _give_up(self) -> None:
-        if not self._running:
-            self._thread = None
-
-    def _enter(self, module: nn.Module, _: Any) -> None:
-        self._claim()
-        if module in self._running:  # an interrupt left it there
-            self._running.clear()
-        if not self._running:
+    def _pass(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._claim():
+            if self._passing:
+                return forward(*args, **kwargs)
+            self._begin()
+            self._passing, complete = True, False
             try:
-                self._begin()
-            except BaseException:
-                self._give_up()
-                raise
-        self._running.append(module)
-
-    def _leave(self, module: nn.Module, _: Any, output: Any) -> None:
-        if self._thread is threading.current_thread() and self._running and self._running[-1] is module:
-            self._running.pop()
-            if not self._running:
-                self._end(complete=output is not None and self._next == len(self._modules))  # None: it has failed
-                self._give_up()
+                output = forward(*args, **kwargs)
+                complete = self._next == len(self._modules)
+                return output
+            finally:
+                self._passing = False
+                self._end(complete=complete)
 
     def _begin(self) -> None:
         _check_mode(self.module)
-        self._binding.close()
         self._weights.begin_pass()
         self._next = 0
         self._start, self._waited, self._read = time.perf_counter(), self._weights.waited, self._weights.bytes_read
@@ -265,16 +273,22 @@ class Offload:
 
     # Blocks
 
-    def _before(self, i: int, block: nn.Module, args: Any, kwargs: Any) -> None:
-        self._claim()
-        try:
-            self._bind(i, [*_tensors(args), *_tensors(kwargs)])
-        except BaseException:
-            self._give_up()
-            raise
+    def _block(self, i: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._claim():
+            self._check(i, [*_tensors(args), *_tensors(kwargs)])
+            if self._progress is not None:
+                self._progress("pass", i, len(self._modules))
+            with self._weights.bind_block(self._parts[i]):
+                start, waited = time.perf_counter(), self._weights.waited
+                output = forward(*args, **kwargs)
+                self.stats.seconds_computing += time.perf_counter() - start - (self._weights.waited - waited)
+            if self._progress is not None and i + 1 == len(self._modules):
+                self._progress("pass", i + 1, len(self._modules))
+            refuse_gradients(self.blocks[i], *_tensors(output), of="output")  # they have begun inside
+            return output
 
-    def _bind(self, i: int, tensors: list[Tensor]) -> None:
-        if i == 0 and not self._running:  # somebody calls the blocks by hand
+    def _check(self, i: int, tensors: list[Tensor]) -> None:
+        if i == 0 and not self._passing:  # somebody calls the blocks by hand
             self._begin()
         if i != self._next:
             problem = "a second time in one pass" if i == self._next - 1 else f"where {self._name(self._next)} is next"
@@ -286,24 +300,6 @@ class Offload:
         if i == 0 and tensors:
             self._check_tokens(tensors[0])
         self._next = i + 1
-        if self._progress is not None:
-            self._progress("pass", i, len(self._modules))
-        self._binding = self._weights.bind_block(self._parts[i])
-        self._block_start, self._block_waited = time.perf_counter(), self._weights.waited
-        self._inside = i
-
-    def _after(self, i: int, block: nn.Module, args: Any, output: Any) -> None:
-        if self._thread is not threading.current_thread() or self._inside != i:  # it was refused
-            return
-        self._inside = None
-        self._binding.close()
-        self.stats.seconds_computing += (
-            time.perf_counter() - self._block_start - (self._weights.waited - self._block_waited)
-        )
-        if self._progress is not None and i + 1 == len(self._modules):
-            self._progress("pass", i + 1, len(self._modules))
-        self._give_up()
-        refuse_gradients(self.blocks[i], *_tensors(output), of="output")  # they have begun inside
 
     def _check_tokens(self, x: Tensor) -> None:
         """x: [rows, tokens, width], what goes into the first block."""
