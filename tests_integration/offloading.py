@@ -64,6 +64,9 @@ CONFIGS = {
     "gemma": hf.GemmaConfig(**LLAMA, head_dim=8),
     "gemma2": hf.Gemma2Config(**LLAMA, head_dim=8, **WINDOWS),
     "gemma3": hf.Gemma3TextConfig(**LLAMA, head_dim=8, **WINDOWS),
+    "gemma4": hf.Gemma4TextConfig(
+        **LLAMA, head_dim=8, global_head_dim=16, vocab_size_per_layer_input=96, hidden_size_per_layer_input=0, **WINDOWS
+    ),
     "stablelm": hf.StableLmConfig(**LLAMA),
     "stablelm parallel": hf.StableLmConfig(**LLAMA, use_parallel_residual=True, qk_layernorm=True),
     "mpt": hf.MptConfig(d_model=32, n_heads=4, n_layers=4, max_seq_len=64, expansion_ratio=2, use_cache=True, **VOCAB),

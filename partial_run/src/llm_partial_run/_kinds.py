@@ -160,12 +160,13 @@ def cache_nbytes(module: nn.Module, rows: int, context: int, dtype: torch.dtype)
 
     A hybrid cache is smaller, so this is then more than it takes.
     """
-    config = _text_config(module)
-    _, key_heads, key, value = _heads(config)
-    kept = key_heads * (key + value)
-    if any(hasattr(child, "expand_kv") for child in module.modules()):  # transformers' latent attention from 5.x on
-        kept = config.kv_lora_rank + config.qk_rope_head_dim
-    return kept * rows * context * dtype.itemsize * getattr(config, "num_hidden_layers", 0)
+    latent = any(hasattr(child, "expand_kv") for child in module.modules())  # transformers' from 5.x on
+
+    def kept(config: Any) -> int:
+        _, key_heads, key, value = _heads(config)
+        return config.kv_lora_rank + config.qk_rope_head_dim if latent else key_heads * (key + value)
+
+    return sum(map(kept, _layers(module))) * rows * context * dtype.itemsize
 
 
 def copied_nbytes(module: nn.Module, rows: int, context: int, dtype: torch.dtype) -> int:
@@ -176,15 +177,24 @@ def copied_nbytes(module: nn.Module, rows: int, context: int, dtype: torch.dtype
     are expanded for each head, and put together. Where values are narrower than keys torch takes both in fp32, and
     scales the keys.
     """
+
+    def copied(config: Any) -> int:
+        heads, key_heads, key, value = _heads(config)
+        grown = key_heads * max(key, value)
+        repeated = heads * (key + value) if heads > key_heads else 0
+        expanded = heads * (2 * key + value) if getattr(config, "kv_lora_rank", None) else 0
+        in_fp32 = heads * (2 * key + value) if key != value else 0
+        return (grown + repeated + expanded) * dtype.itemsize + in_fp32 * 4
+
+    return max(map(copied, _layers(module)), default=0) * rows * context
+
+
+def _layers(module: nn.Module) -> list[Any]:
+    """The config of each layer."""
     config = _text_config(module)
-    heads, key_heads, key, value = _heads(config)
-    copied = key_heads * max(key, value)
-    if heads > key_heads:
-        copied += heads * (key + value)
-    if getattr(config, "kv_lora_rank", None):
-        copied += heads * (2 * key + value)
-    in_fp32 = heads * (2 * key + value) if key != value else 0
-    return (copied * dtype.itemsize + in_fp32 * 4) * rows * context
+    if getattr(config, "is_heterogeneous", False):  # as Gemma 4's: what differs has to be asked of the layers
+        return list(config.per_layer_config)
+    return [config] * getattr(config, "num_hidden_layers", 0)
 
 
 def _heads(config: Any) -> tuple[int, int, int, int]:
@@ -210,12 +220,16 @@ def _scores(module: nn.Module, context: int, dtype: torch.dtype) -> int:
     Two in fp32 and four in the computing dtype are more than was seen of any model that computes them one by one; torch,
     too, does so for a key that is shared without being repeated, and for values that are not as wide as keys.
     """
-    config = _text_config(module)
-    _, _, key, value = _heads(config)
-    eager = getattr(config, "_attn_implementation", None) == "eager" or _multi_query(config) or key != value
-    alibi = bool(getattr(config, "alibi", False))  # Falcon's goes into the mask, which is then one of each row and head
-    held = (4 * dtype.itemsize + 2 * 4) * eager + dtype.itemsize * alibi
-    nbytes = held * context * getattr(config, "num_attention_heads", 0)
+
+    def held(config: Any) -> int:
+        heads, _, key, value = _heads(config)
+        eager = getattr(config, "_attn_implementation", None) == "eager" or _multi_query(config) or key != value
+        alibi = bool(
+            getattr(config, "alibi", False)
+        )  # Falcon's goes into the mask, which is then one of each row and head
+        return heads * ((4 * dtype.itemsize + 2 * 4) * eager + dtype.itemsize * alibi)
+
+    nbytes = max(map(held, _layers(module)), default=0) * context
     return -(-nbytes // (2 * dtype.itemsize))  # the plan counts a width twice
 
 
