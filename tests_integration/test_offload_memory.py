@@ -14,7 +14,7 @@ import transformers as hf
 from transformers import AutoModelForCausalLM
 
 from llm_partial_run import _kinds, _units
-from offloading import CONFIGS, LLAMA, offloaded, on_meta, resident, save
+from offloading import CONFIGS, LLAMA, T5, offloaded, on_meta, resident, save
 
 pytestmark = pytest.mark.usefixtures("small_slices")
 
@@ -27,6 +27,16 @@ def test_the_plan_counts_the_keys_and_values_that_the_model_keeps(checkpoint):
     counted = _kinds.cache_nbytes(on_meta(checkpoint), 2, 40, torch.float32)
     windowed = bool(getattr(theirs.config, "sliding_window", None))
     assert nbytes <= counted if windowed else nbytes == counted
+
+
+def test_the_plan_counts_what_a_decoder_keeps_of_its_encoder():
+    config = hf.T5Config(**T5 | dict[str, Any](num_layers=2, num_decoder_layers=4))
+    model, ids = hf.AutoModelForSeq2SeqLM.from_config(config).eval(), torch.ones(2, 40, dtype=torch.long)
+    with torch.no_grad():
+        kept: Any = model(input_ids=ids, decoder_input_ids=ids, use_cache=True).past_key_values
+    layers = [*kept.self_attention_cache.layers, *kept.cross_attention_cache.layers]
+    nbytes = sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
+    assert _kinds.cache_nbytes(model, 2, 40, torch.float32) == nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

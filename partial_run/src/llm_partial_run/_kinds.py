@@ -166,7 +166,9 @@ def cache_nbytes(module: nn.Module, rows: int, context: int, dtype: torch.dtype)
         _, key_heads, key, value = _heads(config)
         return config.kv_lora_rank + config.qk_rope_head_dim if latent else key_heads * (key + value)
 
-    return sum(map(kept, _layers(module))) * rows * context * dtype.itemsize
+    # A decoder keeps as much again of its encoder, which is counted with as many tokens.
+    crossed = 2 if getattr(getattr(module, "config", None), "is_encoder_decoder", False) else 1
+    return crossed * sum(map(kept, _layers(module))) * rows * context * dtype.itemsize
 
 
 def copied_nbytes(module: nn.Module, rows: int, context: int, dtype: torch.dtype) -> int:
@@ -194,7 +196,11 @@ def _layers(module: nn.Module) -> list[Any]:
     config = _text_config(module)
     if getattr(config, "is_heterogeneous", False):  # as Gemma 4's: what differs has to be asked of the layers
         return list(config.per_layer_config)
-    return [config] * getattr(config, "num_hidden_layers", 0)
+    # Beside an encoder the decoder may have another number.
+    counts = [
+        getattr(config, name, None) or 0 for name in ("num_hidden_layers", "num_decoder_layers", "decoder_layers")
+    ]
+    return [config] * max(counts)
 
 
 def _heads(config: Any) -> tuple[int, int, int, int]:
