@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import llm_partial_run
 import llm_sepweight
+from llm_partial_run import _buffers
 from offloading import (
     CONFIGS,
     GENERATE,
@@ -154,6 +155,20 @@ def test_a_tensor_of_the_wrong_shape_or_dtype_is_named(tmp_path, wrong):
     save_file(keys | {"model.layers.2.self_attn.o_proj.weight": wrong}, path / "model.safetensors")
     with pytest.raises(ValueError, match=r"mid.00002: self_attn.o_proj.weight"):
         offloaded(path, on_meta(path))
+
+
+def test_buffers_of_a_model_within_another_are_computed_as_that_one_does_it():
+    config = hf.Gemma3nTextConfig(
+        **LLAMA | dict[str, Any](num_hidden_layers=10, intermediate_size=48, head_dim=8, laurel_rank=4),
+        vocab_size_per_layer_input=96, hidden_size_per_layer_input=8,
+    )  # fmt: skip
+    own = dict(AutoModelForCausalLM.from_config(config).named_buffers())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    computed = _buffers.computed_buffers(model)
+    assert len(computed) > 3
+    for name, tensor in computed.items():
+        torch.testing.assert_close(tensor, own[name])
 
 
 def test_a_missing_expert_is_named(tmp_path):

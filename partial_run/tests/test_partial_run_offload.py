@@ -644,6 +644,10 @@ def test_a_buffer_that_nothing_computes_is_refused_unless_it_is_given(case):
     case.kind = Forgetful
     with pytest.raises(ValueError, match=r"buffer embed.shift is on meta.*give buffers="):
         case.offload()
+    Forgetful._init_weights = fail  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ValueError, match=r"buffer embed.shift is on meta.*give buffers="):
+        case.offload(buffers={"embed.scale": torch.ones(())})
+    del Forgetful._init_weights  # pyright: ignore[reportAttributeAccessIssue]
     with case.offload(buffers={"embed.shift": torch.ones(2)}) as run:
         assert run.module.embed.shift.tolist() == [1, 1]
     with pytest.raises(ValueError, match=r"buffers= has 'shift', which is no buffer"):

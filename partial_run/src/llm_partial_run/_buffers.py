@@ -12,8 +12,8 @@ from torch import Tensor, nn
 def computed_buffers(module: nn.Module, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The values of the buffers on meta that are not in the module's state_dict.
 
-    Their owner computes them: by `_init_weights` of a transformers model, or else by its own `reset_parameters`. That is
-    done twice, over different rubbish, and believed where both agree.
+    Their owner computes them: by `_init_weights` of the innermost transformers model around it, or else by its own
+    `reset_parameters`. That is done twice, over different rubbish, and believed where both agree.
 
     :param given: values for buffers, by name, which are taken instead.
     :raises ValueError: naming a buffer that nothing computes.
@@ -30,22 +30,32 @@ def computed_buffers(module: nn.Module, given: Mapping[str, Tensor] | None = Non
     values = {name: tensor for name, tensor in given.items() if name not in stored}
     for path, names in owners.items():
         owner = module.get_submodule(path)
-        compute = _initializer(module, owner)
-        twice = [_computed(owner, {name: wanted[name] for name in names}, rubbish, compute) for rubbish in (0, 1)]
+        compute = _initializer(module, path)
+        try:
+            twice = [_computed(owner, {name: wanted[name] for name in names}, rubbish, compute) for rubbish in (0, 1)]
+        except Exception as error:
+            raise _not_computed(names[0], owner) from error
         for name in names:
             if not torch.equal(twice[0][name], twice[1][name]):
-                raise ValueError(
-                    f"buffer {name} is on meta, no checkpoint has it, and {type(owner).__name__} does not compute it "
-                    "again: give buffers={" + repr(name) + ": its value}"
-                )
+                raise _not_computed(name, owner)
         values |= twice[0]
     return values
 
 
-def _initializer(module: nn.Module, owner: nn.Module) -> Callable[[], Any]:
-    initialize: Any = getattr(module, "_init_weights", None)  # transformers
-    if initialize is not None:
-        return lambda: initialize(owner)
+def _not_computed(name: str, owner: nn.Module) -> ValueError:
+    return ValueError(
+        f"buffer {name} is on meta, no checkpoint has it, and {type(owner).__name__} does not compute it again: "
+        "give buffers={" + repr(name) + ": its value}"
+    )
+
+
+def _initializer(module: nn.Module, path: str) -> Callable[[], Any]:
+    owner, names = module.get_submodule(path), path.split(".")
+    for depth in range(len(names), -1, -1):
+        around = module.get_submodule(".".join(names[:depth]))
+        initialize: Any = getattr(around, "_init_weights", None)  # transformers
+        if initialize is not None:
+            return lambda: initialize(owner)
     return getattr(owner, "reset_parameters", lambda: None)
 
 
