@@ -605,11 +605,24 @@ def test_a_tied_tensor_that_is_stored_twice_has_to_be_the_same(case):
     case.store = case.store_of(case.path / "both", weights)
     with case.offload() as run:
         torch.testing.assert_close(run.module(IDS), case.resident(IDS), atol=2e-5, rtol=0)
+    weights["begin"]["embed.weight"][0, 0] = torch.nan
     weights["begin"]["tied.head.weight"] = weights["begin"]["embed.weight"].clone()
+    case.store = case.store_of(case.path / "with a NaN", weights)
+    case.offload().close()
     weights["begin"]["tied.head.weight"][-1, -1] += 1
     case.store = case.store_of(case.path / "two", weights)
     with pytest.raises(ValueError, match=r"embed.weight and head.weight are one tensor in this Model.*tie_word_emb"):
         case.offload()
+
+
+def test_what_the_module_has_in_another_dtype_than_most_of_its_tensors_keeps_it(case):
+    module = on_meta()
+    module.blocks[4].norm.weight = nn.Parameter(torch.empty(HIDDEN, dtype=torch.float64, device="meta"))
+    for dtype in (None, torch.bfloat16):
+        with case.offload(module=module, dtype=dtype):
+            dtypes = {name: p.dtype for name, p in module.named_parameters()}
+            assert dtypes.pop("blocks.4.norm.weight") == torch.float64
+            assert set(dtypes.values()) == {dtype or torch.float32}
 
 
 def test_a_module_that_does_not_fit_the_weights_is_named(case):

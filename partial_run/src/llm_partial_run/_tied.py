@@ -72,8 +72,9 @@ def _equal(store: Any, one: Place, other: Place) -> bool:
     units: list[Unit] = _slices(*one, infos[0].shape[0], infos[0].nbytes, infos[0].nbytes)
     memory = [page_aligned(units[0].nbytes + 2 * 4096) for _ in infos]
     return all(
-        torch.equal(
-            *(store.read(*place, unit.start, unit.stop, into) for place, into in zip((one, other), memory, strict=True))
-        )
+        torch.equal(*(
+            store.read(*place, unit.start, unit.stop, into).view(torch.uint8)  # bytes: a NaN is no other than itself
+            for place, into in zip((one, other), memory, strict=True)
+        ))
         for unit in units
-    )
+    )  # fmt: skip
