@@ -202,12 +202,28 @@ def test_whole_blocks_serve_blocks_that_compute_in_ways_of_their_own(tmp_path, f
             self.blocks = nn.ModuleList(Strange() for _ in range(LAYERS))
 
     case = Case(tmp_path / "weights", file_store, StrangeModel)
-    with case.offload() as run, pytest.raises(RuntimeError, match=r"up.weight is offloaded, and linear needs it"):
+    with (
+        case.offload() as run,
+        pytest.raises(RuntimeError, match=r"up.weight is offloaded, and linear needs it.*Give whole_b"),
+    ):
         run.module(IDS)
     for memory in (case.smallest(whole_blocks=True), "1GiB"):
         with case.offload(memory, whole_blocks=True) as run:
             torch.testing.assert_close(run.module(IDS), case.resident(IDS), atol=2e-5, rtol=0)
     case.store.close()
+
+
+@pytest.mark.parametrize("whole_blocks", [False, True])
+def test_a_module_that_computes_with_matrices_outside_their_block_is_told_that_it_cannot_be_offloaded(
+    case, whole_blocks
+):
+    with case.offload(case.smallest(whole_blocks=whole_blocks), whole_blocks=whole_blocks) as run:
+        named = dict(run.module.named_parameters())
+        for name in ("blocks.3.up.weight", "blocks.3.experts", "embed.weight"):
+            with pytest.raises(
+                RuntimeError, match=rf"{name.removeprefix('blocks.3.')} is offloaded, and mul.*so cannot be offloaded"
+            ):
+                named[name] * 2
 
 
 @pytest.mark.parametrize("error", [None, KeyError, KeyboardInterrupt])

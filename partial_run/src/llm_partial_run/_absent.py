@@ -28,12 +28,21 @@ class Absent(torch.Tensor):
 
     _name: str
     _rows: Rows | None
+    _in_its_block: Callable[[], bool]  # whether it is asked for where whole_blocks=True would have it
 
     @classmethod
-    def like(cls, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device, rows: Rows | None) -> Absent:
+    def like(
+        cls,
+        name: str,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        device: torch.device,
+        rows: Rows | None,
+        in_its_block: Callable[[], bool],
+    ) -> Absent:
         one = torch.zeros((), dtype=dtype, device=device)
         absent = torch.Tensor._make_subclass(cls, one.expand(shape))
-        absent._name, absent._rows = name, rows
+        absent._name, absent._rows, absent._in_its_block = name, rows, in_its_block
         return absent
 
     @classmethod
@@ -50,7 +59,8 @@ class Absent(torch.Tensor):
         asked = func.__self__ if func.__name__ == "__get__" else func  # of x.T, say "T"
         raise RuntimeError(
             f"{absent._name} is offloaded, and {asked.__name__} needs it in memory as a whole: only the forward of the "
-            "module that it belongs to can do without. Where a block computes with it otherwise, give whole_blocks=True"
+            "module that it belongs to can do without. "
+            + ("Give whole_blocks=True" if absent._in_its_block() else "A module that does so cannot be offloaded")
         )
 
 

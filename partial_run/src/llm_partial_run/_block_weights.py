@@ -54,6 +54,7 @@ class BlockWeights(Weights):
         self._settled = False
         self._one_at_a_time = threading.Lock()  # for who calls a module beside the blocks in another thread
         self._one_called = threading.Lock()  # of the matrices that are put together for a call: they share their memory
+        self._running: str | None = None  # the block that is
         self._alone = False  # the last slice came by a read of its own
         self._untimely: Unit | None = None  # the first slice of this pass that did, though the order was known
         self._warned = False
@@ -96,6 +97,8 @@ class BlockWeights(Weights):
         """Give a block its whole tensors, until the stack that this returns is closed."""
         used = 0  # bytes of the room
         with ExitStack() as binding:
+            self._running = part
+            binding.callback(setattr, self, "_running", None)
             for owner, name in self._survey.whole:
                 if owner == part and (part, name) not in self._complete:
                     tensor = self._assemble((part, name), self._room[used:])
@@ -161,8 +164,13 @@ class BlockWeights(Weights):
     def _stand_in(self, part: str, name: str, rows: Callable[[Tensor], Tensor] | None) -> None:
         shape = self._survey.whole.get((part, name)) or self._store.tensors(part)[name].shape
         dtype = self._dtype_of(part, name)
-        absent = Absent.like(f"{part}: {name}", torch.Size(shape), dtype, self._device, rows)
+        in_its_block = functools.partial(self._lacks, part, name)
+        absent = Absent.like(f"{part}: {name}", torch.Size(shape), dtype, self._device, rows, in_its_block)
         self._opened.enter_context(bound(self._parts[part], name, absent))
+
+    def _lacks(self, part: str, name: str) -> bool:
+        """Whether a block is running without a tensor that it could have as a whole."""
+        return self._running == part and (part, name) not in self._survey.whole
 
     def _rows(self, part: str, name: str, ids: Tensor) -> Tensor:
         rows = self._store.rows(part, name, ids.cpu())
