@@ -34,6 +34,11 @@ MOE: dict[str, Any] = dict(num_experts_per_tok=2, experts_implementation="eager"
 WINDOWS: dict[str, Any] = dict(sliding_window=5, layer_types=["sliding_attention", "full_attention"] * 2)
 
 
+TWO_WIDTHS: dict[str, Any] = dict(  # of heads: in layers with a window, and in the others
+    head_dim=8, global_head_dim=16, vocab_size_per_layer_input=96, hidden_size_per_layer_input=0
+)  # fmt: skip
+
+
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)
 
 
@@ -64,9 +69,7 @@ CONFIGS = {
     "gemma": hf.GemmaConfig(**LLAMA, head_dim=8),
     "gemma2": hf.Gemma2Config(**LLAMA, head_dim=8, **WINDOWS),
     "gemma3": hf.Gemma3TextConfig(**LLAMA, head_dim=8, **WINDOWS),
-    "gemma4": hf.Gemma4TextConfig(
-        **LLAMA, head_dim=8, global_head_dim=16, vocab_size_per_layer_input=96, hidden_size_per_layer_input=0, **WINDOWS
-    ),
+    "gemma4": hf.Gemma4TextConfig(**LLAMA | WINDOWS | TWO_WIDTHS),
     "stablelm": hf.StableLmConfig(**LLAMA),
     "stablelm parallel": hf.StableLmConfig(**LLAMA, use_parallel_residual=True, qk_layernorm=True),
     "mpt": hf.MptConfig(d_model=32, n_heads=4, n_layers=4, max_seq_len=64, expansion_ratio=2, use_cache=True, **VOCAB),

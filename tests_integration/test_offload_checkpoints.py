@@ -92,7 +92,7 @@ def test_a_tied_head_may_be_stored_under_either_name(name, first, second, tmp_pa
 
 KEPT_IN_FP32: dict[str, Any] = {
     "deepseek v3": hf.DeepseekV3Config(**ROUTED | LATENT),
-    "glm4 moe": hf.Glm4MoeConfig(**ROUTED, head_dim=8),
+    "glm4 moe": hf.Glm4MoeConfig(**ROUTED | dict[str, Any](head_dim=8)),
     "t5": hf.T5Config(**T5),
 }
 
