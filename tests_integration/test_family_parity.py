@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from families import VARIANTS, Ours, assert_near, save, theirs
+import llm_sepweight
+from families import VARIANTS, Ours, assert_near, family_of, save, theirs
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -50,6 +52,25 @@ def test_prefill_and_cached_steps_equal_transformers_full_forward(
         steps.append(ours(ids[:, start:stop], torch.arange(start, stop).expand(3, -1), kv_len=stop))
         start = stop
     assert_near(torch.cat(steps, dim=1), theirs(checkpoint, ids))
+
+
+@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize("variant", ["llama 3.2, tied", "falcon 7b", "falcon 40b", "bloom"])
+def test_a_head_that_is_stored_though_the_config_ties_it_is_the_head(
+    tmp_path: Path, ids: Tensor, variant: str, equal: bool
+) -> None:
+    path = save(VARIANTS[variant](), tmp_path / "checkpoint")
+    file, tied = path / "model.safetensors", theirs(path, ids)
+    weights = load_file(file)
+    embedding = next(tensor for key, tensor in weights.items() if "embed" in key)
+    assert "lm_head.weight" not in weights
+    save_file(weights | {"lm_head.weight": embedding.clone() if equal else embedding.flip(0)}, file, {"format": "pt"})
+    expected = theirs(path, ids)
+    assert torch.equal(expected, tied) == equal
+    assert_near(Ours(path)(ids), expected)
+    split = tmp_path / "split"
+    llm_sepweight.split(path, split, layout=family_of(path).layout)
+    assert torch.equal(Ours(split)(ids), Ours(path)(ids))
 
 
 def test_parts_from_ranges_compose_to_the_whole(checkpoint: Path, ids: Tensor) -> None:

@@ -68,15 +68,6 @@ def test_older_spellings_of_rope_in_config_json_mean_the_same(
     assert_near(theirs(path, ids), expected)
 
 
-def test_a_head_that_is_tied_and_stored_all_the_same_changes_nothing(tmp_path: Path, ids: Tensor) -> None:
-    path = save(VARIANTS["llama 3.2, tied"](), tmp_path)
-    expected, file = theirs(path, ids), path / "model.safetensors"
-    weights = load_file(file)
-    assert "lm_head.weight" not in weights
-    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, file)
-    assert_near(Ours(path)(ids), expected)
-
-
 @pytest.mark.parametrize(
     "config",
     [

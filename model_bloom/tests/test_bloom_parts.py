@@ -85,15 +85,18 @@ def test_layout_reaches_every_parameter_of_every_part_once_with_and_without_the_
     modules = parts(Config.from_hf(config))
     expected = sorted((part, name) for part, module in modules.items() for name in module.state_dict())
     ends = [name for part in ("begin", "end") for name in modules[part].state_dict() if name != "lm_head.weight"]
-    keys = [*(f"{prefix}{name}" for name in ends), "lm_head.weight"]
+    keys = [
+        *(f"{prefix}{name}" for name in ends),
+        *["lm_head.weight"] * (not Config.from_hf(config).tie_word_embeddings),
+    ]
     keys += [f"{prefix}h.{i}.{name}" for i, part in enumerate(MIDS) for name in modules[part].state_dict()]
     assert sorted(place for key in keys for place in layout(key, config)) == expected
 
 
-def test_layout_sends_a_tied_embedding_to_both_ends_and_drops_a_stored_head():
+def test_layout_sends_a_tied_embedding_to_both_ends_and_a_stored_head_to_its_own():
     places = [("begin", "word_embeddings.weight"), ("end", "lm_head.weight")]
     assert layout("word_embeddings.weight", TINY) == places
-    assert layout("lm_head.weight", TINY) == []
+    assert layout("lm_head.weight", TINY) == places[1:]
     assert layout("lm_head.weight", MODELS["untied"]) == places[1:]
 
 

@@ -98,17 +98,20 @@ def test_layout_reaches_every_parameter_of_every_part_once(model):
     modules = parts(Config.from_hf(config))
     expected = sorted((part, name) for part, module in modules.items() for name in module.state_dict())
     ends = ("word_embeddings.weight", "ln_f.weight", "ln_f.bias")
-    keys = [*(f"transformer.{name}" for name in ends), "lm_head.weight"]
+    keys = [
+        *(f"transformer.{name}" for name in ends),
+        *["lm_head.weight"] * (not Config.from_hf(config).tie_word_embeddings),
+    ]
     for i, part in enumerate(MIDS):
         stored = [name.replace("_bias", ".bias") for name in modules[part].state_dict()]
         keys += [f"transformer.h.{i}.{name}" for name in stored]
     assert sorted(place for key in keys for place in layout(key, config)) == expected
 
 
-def test_layout_sends_a_tied_embedding_to_both_ends_and_drops_a_stored_head():
+def test_layout_sends_a_tied_embedding_to_both_ends_and_a_stored_head_to_its_own():
     places = [("begin", "word_embeddings.weight"), ("end", "lm_head.weight")]
     assert layout("transformer.word_embeddings.weight", TINY) == places
-    assert layout("lm_head.weight", TINY) == []
+    assert layout("lm_head.weight", TINY) == places[1:]
     assert layout("lm_head.weight", MODELS["11b"]) == places[1:]
 
 

@@ -104,7 +104,11 @@ def test_layout_reaches_every_parameter_of_every_part_once(model):
     config = MODELS[model]
     modules = parts(Config.from_hf(config))
     expected = [place(part, name) for part, module in modules.items() for name in module.state_dict()]
-    keys = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    keys = [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        *["lm_head.weight"] * (not Config.from_hf(config).tie_word_embeddings),
+    ]
     keys += [
         f"model.layers.{i}.{stored(name, model)}" for i, part in enumerate(MIDS) for name in modules[part].state_dict()
     ]
@@ -153,11 +157,11 @@ def test_layout_refuses_an_expert_that_the_model_does_not_have(model, key, named
         layout(key, MODELS[model])
 
 
-def test_layout_sends_a_tied_embedding_to_both_ends_and_drops_a_stored_head():
+def test_layout_sends_a_tied_embedding_to_both_ends_and_a_stored_head_to_its_own():
     tied = MODELS["tied"]
     places = [("begin", "embed_tokens.weight"), ("end", "lm_head.weight")]
     assert layout("model.embed_tokens.weight", tied) == places
-    assert layout("lm_head.weight", tied) == []
+    assert layout("lm_head.weight", tied) == places[1:]
 
 
 def test_layout_drops_stored_frequencies_by_their_whole_name_only():

@@ -77,6 +77,18 @@ def test_tied_tensors_are_stored_once_and_views_are_what_they_show(tmp_path, str
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
 
+@pytest.mark.parametrize("order", [["embed", "head"], ["head", "embed"]])
+def test_a_tensor_stands_in_its_own_place_before_one_that_is_tied_to_it(tmp_path, order):
+    state = {key: torch.randn(4, 3) for key in order}
+    layout = {"embed": [("begin", "embed"), ("end", "head")], "head": [("end", "head")]}
+    ways = {"dict": state, "stream": [{key: tensor} for key, tensor in state.items()]}
+    for way, tensors in ways.items():
+        dump(tensors, tmp_path / way, config={}, layout=lambda key, config: layout[key])
+        with llm_sepweight.open(tmp_path / way) as weights:
+            assert torch.equal(weights.load("begin")["embed"], state["embed"])
+            assert torch.equal(weights.load("end")["head"], state["head"])
+
+
 def test_memory_of_one_dict_after_the_other_may_be_the_same(tmp_path):
     buffer = torch.zeros(8)
 

@@ -29,8 +29,8 @@ def layout(key: str, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     if bare == "word_embeddings.weight":
         head = [("end", "lm_head.weight")] if known.tie_word_embeddings else []
         return [("begin", bare), *head]
-    if key == "lm_head.weight":  # a tied head that is stored all the same is the embedding again
-        return [] if known.tie_word_embeddings else [("end", key)]
+    if key == "lm_head.weight":  # also where it is tied: stored all the same, it may be another matrix
+        return [("end", key)]
     if re.fullmatch(r"word_embeddings_layernorm\.(weight|bias)", bare):
         return [("begin", bare)]
     if re.fullmatch(r"ln_f\.(weight|bias)", bare):

@@ -31,8 +31,8 @@ def layout(key: str, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     if key == "transformer.word_embeddings.weight":
         head = [("end", "lm_head.weight")] if known.tie_word_embeddings else []
         return [("begin", "word_embeddings.weight"), *head]
-    if key == "lm_head.weight":  # a tied head that is stored all the same is the embedding again
-        return [] if known.tie_word_embeddings else [("end", "lm_head.weight")]
+    if key == "lm_head.weight":  # also where it is tied: stored all the same, it may be another matrix
+        return [("end", "lm_head.weight")]
     if match := re.fullmatch(r"transformer\.(ln_f\.(?:weight|bias))", key):
         return [("end", match[1])]
 

@@ -29,7 +29,10 @@ from llm_sepweight._manifest import MANIFEST
 from llm_sepweight._pickled import read_contents
 
 Layout = Callable[[str, Mapping[str, Any]], Sequence[Any]]
-"""layout(key, config) -> (part, name) or (part, name, index) for each place where the tensor belongs; none drops it."""
+"""layout(key, config) -> (part, name) or (part, name, index) for each place where the tensor belongs; none drops it.
+
+The first place is its own. At the others, as that of a tied head, another tensor stands that has it for its own.
+"""
 
 Place = tuple[str, str, int | None]
 """Part, name and, where it is a slice of a larger tensor, index."""
@@ -166,8 +169,13 @@ def arrange(extents: list[Extent], layout: Layout, config: dict[str, Any]) -> di
     """The tensors of each part. Raises WeightError where two keys want one place or slices are missing."""
     entries: dict[str, dict[str, Entry]] = {}
     slices: dict[tuple[str, str], dict[int, Extent]] = {}
-    for extent in extents:
-        for part, name, index in places(extent.key, layout, config, extent.file):
+    wanted = [(extent, places(extent.key, layout, config, extent.file)) for extent in extents]
+    own = {found[0] for _, found in wanted if found}
+    for extent, found in wanted:
+        for place in found:
+            if place in own and place != found[0]:  # it is not tied after all
+                continue
+            part, name, index = place
             part_entries = entries.setdefault(part, {})
             taken = slices.setdefault((part, name), {}) if index is not None else {}
             if name in part_entries or index in taken or (index is None and (part, name) in slices):

@@ -101,7 +101,7 @@ def _dump_stream(
 def _write_stage(stage: Path, stream: Iterable[StateDict], layout: Layout, config: dict[str, Any]) -> list[Extent]:
     """Write a stream, a file for each dict; where each tensor lies, those that share memory in one place."""
     extents: list[Extent] = []
-    taken: dict[Place, str] = {}
+    taken: dict[tuple[Place, bool], str] = {}  # whether it is the key's own
     seen: set[str] = set()
     numbers = itertools.count()  # enumerate would keep a dict while the next one is made
     for tensors in stream:
@@ -113,17 +113,17 @@ def _write_stage(stage: Path, stream: Iterable[StateDict], layout: Layout, confi
 
 
 def _check_places(
-    tensors: StateDict, seen: set[str], taken: dict[Place, str], layout: Layout, config: dict[str, Any]
+    tensors: StateDict, seen: set[str], taken: dict[tuple[Place, bool], str], layout: Layout, config: dict[str, Any]
 ) -> None:
     """Raises WeightError where a name comes twice, or the layout has no place for a tensor; before more is asked for."""
     for key in tensors:
         if key in seen:
             raise WeightError("this name comes twice in the stream", tensor=key)
         seen.add(key)
-        for place in places(key, layout, config, None):
-            if taken.setdefault(place, key) != key:
-                problem = f"the layout puts it where {taken[place]} already is"
-                raise WeightError(problem, part=place[0], tensor=key)
+        for i, place in enumerate(places(key, layout, config, None)):
+            first = taken.setdefault((place, i == 0), key)
+            if first != key:
+                raise WeightError(f"the layout puts it where {first} already is", part=place[0], tensor=key)
 
 
 def _write_dict(file: Path, tensors: StateDict) -> list[Extent]:
