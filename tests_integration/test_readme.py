@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_program_in_the_readme_runs_and_gives_the_right_answer(capsys, monkeypatch):
+def run(*line: str) -> str:
+    done = subprocess.run([sys.executable, *line], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_program_in_the_readme_runs_and_gives_the_right_answer():
     (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(program.splitlines()) <= 30
-    monkeypatch.chdir(ROOT)
-    exec(compile(program, "README.md", "exec"), {})
-    shown = capsys.readouterr().out
+    shown = run("-c", program)
     assert "weights resident" in shown
     assert shown.strip().endswith("Paris")
 
 
 def test_the_demo_answers_and_its_streamed_logits_are_the_resident_ones():
-    import subprocess
-    import sys
-
-    line = [sys.executable, "demo/demo.py", "--question", "Is the sun a star?"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "A: Yes" in done.stdout
-    assert "bit for bit" in done.stdout
+    shown = run("demo/demo.py", "--question", "Is the sun a star?")
+    assert "A: Yes" in shown
+    assert "bit for bit" in shown

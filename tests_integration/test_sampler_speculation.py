@@ -116,7 +116,9 @@ def test_drafts_beams_and_parallel_samples_run_on_a_streamed_model_and_share_the
     weights = llm_sepweight.open(directory, layout=llama_family.layout)
     config = llama_family.Config.from_hf(weights.config)
     prompt = torch.randint(config.vocab_size, (24,), generator=torch.Generator().manual_seed(0)).tolist()
-    with llm_partial_run.PartialRun(llama_family.parts(config), weights, memory="1GiB", rows=8, context=128) as run:
+    with llm_partial_run.PartialRun(
+        llama_family.parts(config), weights, memory="1GiB", runtime=0, rows=8, context=128
+    ) as run:
         plain = llm_sampler.generate(run.forward, [prompt, [3]], max_new_tokens=40, temperature=0)
         before = run.stats.passes
         steps = llm_sampler.sample(

@@ -115,7 +115,9 @@ def test_a_run_from_a_store_that_checks_itself_is_the_same_and_refuses_damage(ch
     for verify in (None, "lazy"):
         with llm_sepweight.open(split, verify=verify) as weights:
             config = llama.Config.from_hf(weights.config)
-            with llm_partial_run.PartialRun(llama.parts(config), weights, memory="1GiB", rows=1, context=16) as run:
+            with llm_partial_run.PartialRun(
+                llama.parts(config), weights, memory="1GiB", runtime=0, rows=1, context=16
+            ) as run:
                 results.append(run.forward(IDS))
     assert torch.equal(*results)
     file = split / "mid.00002.safetensors"
@@ -125,7 +127,7 @@ def test_a_run_from_a_store_that_checks_itself_is_the_same_and_refuses_damage(ch
     with llm_sepweight.open(split, verify="lazy") as weights:
         parts = llama.parts(llama.Config.from_hf(weights.config))
         with pytest.raises(llm_sepweight.WeightError, match=r"damaged.*mid.00002.safetensors, part mid.00002"):
-            llm_partial_run.PartialRun(parts, weights, memory="1GiB", rows=1, context=16)
+            llm_partial_run.PartialRun(parts, weights, memory="1GiB", runtime=0, rows=1, context=16)
 
 
 def test_the_command_finds_the_layout_by_the_models_package(checkpoint, tmp_path, capsys):
