@@ -171,11 +171,14 @@ def test_a_mixture_reads_the_experts_that_are_wanted_and_absent(tmp_path: Path) 
 
 def test_bench_of_the_sampler_times_both_beside_the_same_model(tmp_path: Path):
     command = [sys.executable, BENCH / "sampler.py", "--vocabulary", "500", "--prompt", "5", "--steps", "4"]
-    options = ["--rows", "1", "3", "--peer-rows", "1", "--rounds", "2", "--json", tmp_path / "sampler.json"]
+    options = ["--rows", "1", "3", "--peer-rows", "1", "--rounds", "2", "--settings", "greedy", "eta 3e-4"]
+    options += ["--json", tmp_path / "sampler.json"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "sampler.json").read_text())
-    assert len(results) == 2 * 5
+    assert {(result["settings"], result["rows"]) for result in results} == {
+        (settings, rows) for settings in ("greedy", "eta 3e-4") for rows in (1, 3)
+    }
     for result in results:
         assert len(result["llm_sampler"]) == 2
         assert len(result["transformers"]) == (2 if result["rows"] == 1 else 0)
