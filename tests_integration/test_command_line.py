@@ -94,6 +94,12 @@ def test_a_tokenizer_file_made_for_training_neither_cuts_nor_pads_the_prompt(mod
     assert done.stdout.strip() == "Paris", done.stderr
 
 
+def test_a_prompt_that_is_no_text_is_named():
+    done = command("generate", MODEL, "--prompt", os.fsdecode(b"\xff"), "--memory", "1GiB")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "the prompt is no UTF-8" in done.stderr
+
+
 def test_a_reader_that_has_enough_ends_the_command_without_a_traceback():
     line = [sys.executable, "-m", "llm_partial_run.cli", "plan", MODEL, "--memory", "1GiB"]
     reading, writing = os.pipe()

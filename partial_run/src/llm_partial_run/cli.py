@@ -113,6 +113,10 @@ def _generate(arguments: argparse.Namespace) -> int:
     sampler = _sibling("llm_sampler")
     tokenizer = _tokenizer(arguments.model_dir)
     text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt is no UTF-8 ({error.reason} at character {error.start}): convert it") from error
     prompt = tokenizer.encode(text).ids
     if not prompt:
         raise ValueError("the prompt is empty: give --prompt at least one token")
