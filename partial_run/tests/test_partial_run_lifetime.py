@@ -135,6 +135,35 @@ def test_threads_that_share_a_forward_each_get_the_logits_of_their_ids(toy):
         torch.testing.assert_close(torch.stack(logits), expected, atol=2e-5, rtol=0)
 
 
+def test_threads_get_the_same_forward(toy):
+    with toy.run("1GiB") as run:
+        barrier, found = threading.Barrier(4), []
+
+        def ask() -> None:
+            barrier.wait()
+            found.append(run.forward)
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len({id(forward) for forward in found}) == 1
+
+
+def test_a_forward_whose_run_is_closed_touches_no_file(toy, tmp_path):
+    with toy.run(toy.smallest(rows=2), rows=2, spill=tmp_path) as run:
+        assert run.plan.spilled
+        forward = run.forward
+        toy.last(run, [[1, 2, 3, 4], [50, 51]])
+    mine = tmp_path / "mine"
+    mine.write_bytes(b"\xab" * 1_000_000)
+    with mine.open("r+b"):  # has the number that the caches' file had
+        with pytest.raises(RuntimeError, match="this run is closed"):
+            forward.last_logits(torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]]), torch.tensor([5, 5]))
+        assert mine.read_bytes() == b"\xab" * 1_000_000
+
+
 def test_an_error_in_reading_ahead_is_forgotten_with_the_pass_that_failed(toy):
     with toy.run(toy.smallest()) as run:
         expected = toy.last(run, PROMPTS)

@@ -145,6 +145,30 @@ def test_parts_go_from_begin_to_end_in_whatever_order_they_are_given(toy):
             assert torch.equal(toy.last(run, PROMPTS), expected)
 
 
+def test_layers_of_other_names_go_in_the_order_in_which_they_are_given(toy):
+    names = [f"block.{i}" for i in range(20)]  # of which "block.10" sorts before "block.2"
+    layers = dict(zip(names, [m for part, m in toy.parts().items() if part.startswith("mid")], strict=True))
+    weights = {name: toy.weights[f"mid.{i:05d}"] for i, name in enumerate(names)}
+    whole = toy.parts()
+    x = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    with PartialRun(layers, weights.__getitem__, memory="1GiB", **toy.BUDGET) as run:
+        found = run(x)
+    with PartialRun(
+        {p: m for p, m in whole.items() if p.startswith("mid")}, toy.store, memory="1GiB", **toy.BUDGET
+    ) as run:
+        assert torch.equal(found, run(x))
+
+
+def test_logits_that_are_masked_leave_the_prefix_cache_as_it_is(toy):
+    parts: Any = toy.parts()
+    head = parts["end"].forward
+    parts["end"].forward = lambda x: head(x).masked_fill(torch.arange(96) >= 90, -torch.inf)
+    with PartialRun(parts, toy.store, memory="1GiB", **toy.BUDGET) as run:
+        for length in range(3, 23):
+            toy.last(run, [list(range(length))])
+        assert run.stats.tokens == 22
+
+
 def test_a_begin_that_names_no_matrix_to_gather_from_has_it_whole(toy):
     with toy.run("1GiB") as run:
         expected = toy.last(run, PROMPTS)

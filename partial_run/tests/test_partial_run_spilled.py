@@ -58,6 +58,22 @@ def test_caches_on_a_disk_without_direct_access_give_the_same_bits_and_are_count
     assert read[0] == read[1] > 20 * 3 * 2 * 4096  # layers, rows, keys and values, a page at least
 
 
+def test_rows_that_continue_beside_one_that_begins_see_their_caches_by_a_mask(toy, tmp_path):
+    positions = torch.tensor([[0, 1, 2, 3], [3, 0, 0, 0], [3, 0, 0, 0]])
+    spare = torch.tensor([[0, 1, 2, 3], [3, 40, 40, 40], [3, 40, 40, 40]])
+    mask = torch.arange(4) <= positions[:, :, None]
+    results = []
+    for memory in ("1GiB", toy.smallest()):
+        with toy.run(memory, spill=tmp_path) as run:
+            caches = run.planned_caches()
+            run(torch.tensor([[5, 6, 7]] * 3), None, caches)
+            ids = torch.tensor([[1, 2, 3, 4], [9, 0, 0, 0], [8, 0, 0, 0]])
+            first = run(ids, positions, caches, slots=spare, mask=mask)[:, 0]
+            results.append((first, run(torch.tensor([[1]] * 3), torch.full((3, 1), 4), caches)))
+    for in_memory, on_disk in zip(*results, strict=True):
+        torch.testing.assert_close(on_disk, in_memory)
+
+
 def test_a_prefix_that_could_not_be_copied_is_not_taken_for_one_that_is_there(toy, tmp_path, monkeypatch):
     other, write = [40, 41, 42, 43], os.pwritev
     with toy.run(toy.smallest(rows=2), rows=2, spill=tmp_path) as run:

@@ -71,21 +71,15 @@ class SpilledCaches:
             if not kept:  # an idle row: what the buffer has there is not its own
                 continue
             for start, nbytes in self._pieces(range(row, row + 1), min(kept), max(kept) + 1):
-                done = os.pwritev(
-                    self._file, [memoryview(self._buffer)[start : start + nbytes]], self._at(part) + start
-                )
-                if done == nbytes:
-                    continue
-                raise OSError(
-                    f"{part}: {done} of {nbytes} bytes of its keys and values could be written: is the disk full?"
-                )
+                self._write(part, memoryview(self._buffer)[start : start + nbytes], start)
         self._drop(part)
 
     def zero(self, row: int) -> None:
         """Clear a row in all layers."""
         for part in self._index:
             for start, stride in zip(self._starts, self._strides, strict=True):
-                os.pwritev(self._file, [mmap.mmap(-1, stride)], self._at(part) + start + row * stride)
+                self._write(part, mmap.mmap(-1, stride), start + row * stride)
+            self._drop(part)
         for tensor in self._tensors:  # where whole pages are written from, that have slots of later tokens too
             tensor[row] = 0
 
@@ -99,12 +93,20 @@ class SpilledCaches:
 
     def close(self) -> None:
         os.close(self._file)
+        self._file = -1  # the number is the next file's
 
     def __enter__(self) -> SpilledCaches:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _write(self, part: str, data: mmap.mmap | memoryview, start: int) -> None:
+        done = os.pwritev(self._file, [data], self._at(part) + start)
+        if done != len(data):
+            raise OSError(
+                f"{part}: {done} of {len(data)} bytes of its keys and values could be written: is the disk full?"
+            )
 
     def _drop(self, part: str) -> None:
         """Where there is no direct access: let go of the layer's pages in the page cache, which would count as memory."""

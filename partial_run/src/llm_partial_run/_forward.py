@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,10 +31,10 @@ class Forward:
         self._prefixes = Prefixes(run.plan.rows)  # what each cache row has keys and values of
         self._used = [0] * run.plan.rows  # when each was used last
         self._calls = 0
-        self._lock = threading.RLock()  # which cache row has what may not change between its look-up and its pass
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """Logits [B, T, V] of every position."""
+        self._run.check_ids(input_ids)
         rows, length = input_ids.shape
         return self.last_logits(input_ids, torch.full((rows,), length), length)
 
@@ -46,11 +45,15 @@ class Forward:
             logits than the plan has memory for.
         """
         self._run.check_ids(input_ids)
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"n={n!r} has to be a whole number of positions, 1 or more")
         self._run.check_logits(len(input_ids) * n, min(len(input_ids), self._run.plan.rows) * n)
-        if lengths.shape != input_ids.shape[:1] or not ((lengths >= 1) & (lengths <= input_ids.shape[1])).all():
+        lengths = torch.as_tensor(lengths)
+        one_each = lengths.shape == input_ids.shape[:1] and not lengths.is_floating_point()
+        if not one_each or not ((lengths >= 1) & (lengths <= input_ids.shape[1])).all():
             raise ValueError(
-                f"lengths={lengths.tolist()} for input_ids {list(input_ids.shape)}: give one for each row, from 1 to "
-                f"{input_ids.shape[1]}"
+                f"lengths={lengths.tolist()} for input_ids {list(input_ids.shape)}: give a whole number for each row, from 1 "
+                f"to {input_ids.shape[1]}"
             )
         prompts = [row[:length] for row, length in zip(input_ids.tolist(), lengths.tolist(), strict=True)]
         for i, prompt in enumerate(prompts):
@@ -60,7 +63,8 @@ class Forward:
                     f"at most context={self._run.plan.context}: shorten it, or plan for a larger context"
                 )
         at_once = self._run.plan.rows
-        with self._lock:
+        with self._run.lock:  # from looking up which cache row has what until the pass that changes it has ended
+            self._run.check_open()
             if len(prompts) <= at_once:
                 return self._group(prompts, n)
             result = torch.empty(len(prompts), n, self._run.vocab_size, dtype=self._run.plan.dtype)
@@ -84,7 +88,7 @@ class Forward:
         logits = self._passes(low, ids, torch.tensor(starts), torch.tensor(ends), n)[[row - low for row in rows]]
         for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
             self._prefixes[row] = prompt
-            if not logits[i].isfinite().all():  # a NaN in a slot would reach whoever has the row next
+            if logits[i].isnan().any():  # as one in a slot would reach whoever has the row next
                 self._prefixes[row] = []
                 self._clear(row)
         return logits

@@ -99,7 +99,7 @@ class PartialRun:
             for part, module in self.parts.items()
             if hasattr(module, "new_cache")
         }
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()  # of a pass, and of what its caller knows of the caches
         self._forward: Forward | None = None
         self._closed = False
         self._opened = ExitStack()
@@ -143,7 +143,7 @@ class PartialRun:
 
         `before_end` picks what of the hidden states goes into the end. Without the end, it is neither read nor computed.
         """
-        self._check_open()
+        self.check_open()
         if "begin" in self.parts:
             self.check_ids(x)
         else:
@@ -161,8 +161,8 @@ class PartialRun:
             check_caches(caches, self._cache_like, first_row + rows, positions if slots is None else slots, kv_len or 0)
         if "end" in self.parts and before_end is None:
             self.check_logits(rows * length, rows * length)
-        with self._lock, one_pass_at_a_time, torch.inference_mode():
-            self._check_open()
+        with self.lock, one_pass_at_a_time, torch.inference_mode():
+            self.check_open()
             start = time.perf_counter()
             waited, experts_read = self._weights.waited, self._weights.expert_bytes_read
             left_out = self._weights.rewind(without=None if with_end else "end")
@@ -192,10 +192,11 @@ class PartialRun:
         """The whole model as a `forward_func` with its prefix cache: ids in, logits out."""
         if not ({"begin", "end"} <= self.parts.keys()):
             raise ValueError(f"forward needs a whole model; the parts are {list(self.parts)}. Call the run itself")
-        self._check_open()
-        if self._forward is None:
-            self._forward = Forward(self)
-        return self._forward
+        with self.lock:
+            self.check_open()
+            if self._forward is None:
+                self._forward = Forward(self)
+            return self._forward
 
     @property
     def vocab_size(self) -> int:
@@ -233,7 +234,7 @@ class PartialRun:
         """End the threads, close the files and give the memory back. A second time it does nothing."""
         self._closed = True
         self._weights.stop()  # so that a pass in another thread, which has the lock, does not wait for slices
-        with self._lock:
+        with self.lock:
             self._opened.close()
             self._forward = None
 
@@ -267,7 +268,7 @@ class PartialRun:
         cache = None
         if isinstance(caches, SpilledCaches):
             before = caches.bytes_read
-            cache = caches.read(part, rows, kv_len or 0, fresh=kv_len == x.shape[1])
+            cache = caches.read(part, rows, kv_len or 0, fresh=mask is None and kv_len == x.shape[1])
             self.stats.bytes_read += caches.bytes_read - before
         elif caches is not None:
             cache = caches[part]
@@ -320,7 +321,8 @@ class PartialRun:
                 stack.enter_context(bound(module, name, rows.to(self.device, self.plan.dtype)))
             return self._timed(module, within.view_as(input_ids), positions)
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raises RuntimeError where the run is closed."""
         if self._closed:
             raise RuntimeError("this run is closed: use it within its `with` block")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,8 +49,11 @@ class Model:
 
 
 def in_order(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The parts as a pass goes through them: begin, those between by name, end."""
-    return dict(sorted(parts.items(), key=lambda part: (part[0] != "begin", part[0] == "end", part[0])))
+    """The parts as a pass goes through them: begin, layers by number (as given, where they have other names), end."""
+    between = [part for part in parts if part not in ("begin", "end")]
+    if all(re.fullmatch(r"mid\.\d{5}", part) for part in between):
+        between.sort()
+    return {part: parts[part] for part in ("begin", *between, "end") if part in parts}
 
 
 def survey(parts: Mapping[str, nn.Module], weights: Any, dtype: torch.dtype | None) -> Model:
