@@ -27,7 +27,9 @@ def test_less_than_the_smallest_budget_is_refused_before_anything_is_read(toy):
         ([[-1, 5]], [2], "the id -1"),
         ([[1, 2]], [0], r"lengths=\[0\]"),
         ([[1, 2]], [3], r"lengths=\[3\]"),
-        ([[1, 2]], [2, 2], r"give one for each row"),
+        ([[1, 2]], [2, 2], r"give a whole number for each row"),
+        ([[1, 2]], [1.5], r"give a whole number for each row"),
+        ([1, 2], [1], r"input_ids have to be integers \[rows, tokens\]"),
         ([[1] * 41], [41], "at most context=40"),
         ([[]], [0], "at least one"),
     ],
@@ -35,6 +37,12 @@ def test_less_than_the_smallest_budget_is_refused_before_anything_is_read(toy):
 def test_wrong_ids_are_named(toy, ids, lengths, message):
     with toy.run("1GiB") as run, pytest.raises(ValueError, match=message):
         run.forward.last_logits(torch.tensor(ids, dtype=torch.long), torch.tensor(lengths), 1)
+
+
+@pytest.mark.parametrize("n", [0, -1, 1.0])
+def test_a_number_of_positions_that_is_none_is_named(toy, n):
+    with toy.run("1GiB") as run, pytest.raises(ValueError, match=f"n={n!r} has to be a whole number"):
+        run.forward.last_logits(torch.tensor([[1, 2]]), torch.tensor([2]), n)
 
 
 def test_a_pass_larger_than_planned_is_refused(toy):

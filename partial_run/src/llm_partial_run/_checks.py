@@ -55,12 +55,12 @@ def check_length(plan: Plan, rows: int, length: int, at_once: bool) -> None:
 
 
 def check_logits(plan: Plan, model: Model, positions: int, at_once: int) -> None:
-    """Refuse more logits than the plan has memory for: those of all positions, and what those computed at once take more.
+    """Refuse more logits than the plan has memory for: of those computed at once, and of all where that takes several turns.
 
-    That is a second time their logits, while these are put together, and their hidden states, thrice and twice in fp32.
+    Those of a turn are there by slices, put together, and picked by row; their hidden states thrice, and twice in fp32.
     """
-    size = plan.dtype.itemsize
-    nbytes = (positions + at_once) * model.vocab_size * size + at_once * model.hidden_size * (3 * size + 2 * 4)
+    size, beside = plan.dtype.itemsize, 0 if positions == at_once else positions
+    nbytes = (3 * at_once + beside) * model.vocab_size * size + at_once * model.hidden_size * (3 * size + 2 * 4)
     room = plan.memory - plan.used + plan.activations
     if positions > plan.rows and nbytes > room:
         raise ValueError(
