@@ -73,6 +73,20 @@ def test_a_head_that_is_stored_though_the_config_ties_it_is_the_head(
     assert torch.equal(Ours(split)(ids), Ours(path)(ids))
 
 
+@pytest.mark.parametrize("variant", ["llama 3.2, tied", "falcon 7b", "falcon 40b", "bloom"])
+def test_a_tied_matrix_that_is_stored_as_the_head_alone_is_the_embedding_too(
+    tmp_path: Path, ids: Tensor, variant: str
+) -> None:
+    path, split = save(VARIANTS[variant](), tmp_path / "checkpoint"), tmp_path / "split"
+    expected, file = theirs(path, ids), path / "model.safetensors"
+    weights = load_file(file)
+    embedding = next(key for key in weights if "embed" in key and "layernorm" not in key)
+    save_file({"lm_head.weight" if key == embedding else key: t for key, t in weights.items()}, file, {"format": "pt"})
+    assert_near(Ours(path)(ids), expected)
+    llm_sepweight.split(path, split, layout=family_of(path).layout)
+    assert torch.equal(Ours(split)(ids), Ours(path)(ids))
+
+
 def test_parts_from_ranges_compose_to_the_whole(checkpoint: Path, ids: Tensor) -> None:
     assert torch.equal(Ours(checkpoint, "b 0:1", "1:2 e")(ids), Ours(checkpoint)(ids))
 

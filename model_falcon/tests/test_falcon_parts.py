@@ -108,10 +108,10 @@ def test_layout_reaches_every_parameter_of_every_part_once(model):
     assert sorted(place for key in keys for place in layout(key, config)) == expected
 
 
-def test_layout_sends_a_tied_embedding_to_both_ends_and_a_stored_head_to_its_own():
+def test_layout_sends_a_tied_embedding_to_both_ends_and_a_stored_head_the_other_way_round():
     places = [("begin", "word_embeddings.weight"), ("end", "lm_head.weight")]
     assert layout("transformer.word_embeddings.weight", TINY) == places
-    assert layout("lm_head.weight", TINY) == places[1:]
+    assert layout("lm_head.weight", TINY) == places[::-1]
     assert layout("lm_head.weight", MODELS["11b"]) == places[1:]
 
 

@@ -157,11 +157,11 @@ def test_layout_refuses_an_expert_that_the_model_does_not_have(model, key, named
         layout(key, MODELS[model])
 
 
-def test_layout_sends_a_tied_embedding_to_both_ends_and_a_stored_head_to_its_own():
+def test_layout_sends_a_tied_embedding_to_both_ends_and_a_stored_head_the_other_way_round():
     tied = MODELS["tied"]
     places = [("begin", "embed_tokens.weight"), ("end", "lm_head.weight")]
     assert layout("model.embed_tokens.weight", tied) == places
-    assert layout("lm_head.weight", tied) == places[1:]
+    assert layout("lm_head.weight", tied) == places[::-1]
 
 
 def test_layout_drops_stored_frequencies_by_their_whole_name_only():

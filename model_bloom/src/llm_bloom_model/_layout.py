@@ -15,6 +15,8 @@ LAYER = ("input_layernorm", "post_attention_layernorm", *LINEARS)  # each with a
 def layout(key: str, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The places, each (part, name), of the tensor that a checkpoint stores under `key`; none where it is not needed.
 
+    The first is its own. At the second, as of a tied head, it stands where the checkpoint has no tensor for that place.
+
     Keys may begin with `transformer.`, as transformers writes them, or not, as in the published files.
     config: the model's config.json. Raises ValueError naming a key, or a layer, that such a model has no place for.
 
@@ -29,8 +31,9 @@ def layout(key: str, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     if bare == "word_embeddings.weight":
         head = [("end", "lm_head.weight")] if known.tie_word_embeddings else []
         return [("begin", bare), *head]
-    if key == "lm_head.weight":  # also where it is tied: stored all the same, it may be another matrix
-        return [("end", key)]
+    if key == "lm_head.weight":  # also where it is tied: it may be another matrix, or the only one that is stored
+        embedding = [("begin", "word_embeddings.weight")] if known.tie_word_embeddings else []
+        return [("end", "lm_head.weight"), *embedding]
     if re.fullmatch(r"word_embeddings_layernorm\.(weight|bias)", bare):
         return [("begin", bare)]
     if re.fullmatch(r"ln_f\.(weight|bias)", bare):

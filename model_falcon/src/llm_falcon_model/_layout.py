@@ -19,6 +19,8 @@ COMPUTED = (  # stored by old versions of transformers, computed here
 def layout(key: str, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The places, each (part, name), of the tensor that a checkpoint stores under `key`; none where it is not needed.
 
+    The first is its own. At the second, as of a tied head, it stands where the checkpoint has no tensor for that place.
+
     config: the model's config.json. Raises ValueError naming a key, or a layer, that such a model has no place for.
 
     >>> falcon = dict(model_type="falcon", vocab_size=96, hidden_size=32, num_hidden_layers=4, num_attention_heads=4)
@@ -31,8 +33,9 @@ def layout(key: str, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     if key == "transformer.word_embeddings.weight":
         head = [("end", "lm_head.weight")] if known.tie_word_embeddings else []
         return [("begin", "word_embeddings.weight"), *head]
-    if key == "lm_head.weight":  # also where it is tied: stored all the same, it may be another matrix
-        return [("end", "lm_head.weight")]
+    if key == "lm_head.weight":  # also where it is tied: it may be another matrix, or the only one that is stored
+        embedding = [("begin", "word_embeddings.weight")] if known.tie_word_embeddings else []
+        return [("end", "lm_head.weight"), *embedding]
     if match := re.fullmatch(r"transformer\.(ln_f\.(?:weight|bias))", key):
         return [("end", match[1])]
 

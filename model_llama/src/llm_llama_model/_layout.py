@@ -21,6 +21,8 @@ COMPUTED = "self_attn.rotary_emb.inv_freq"  # stored by old versions of transfor
 def layout(key: str, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The places, each (part, name), of the tensor that a checkpoint stores under `key`; none where it is not needed.
 
+    The first is its own. At the second, as of a tied head, it stands where the checkpoint has no tensor for that place.
+
     config: the model's config.json. Raises ValueError naming a key, or a layer, that such a model has no place for.
 
     >>> llama = dict(model_type="llama", vocab_size=96, hidden_size=32, intermediate_size=48,
@@ -34,8 +36,9 @@ def layout(key: str, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     if key == "model.embed_tokens.weight":
         head = [("end", "lm_head.weight")] if known.tie_word_embeddings else []
         return [("begin", "embed_tokens.weight"), *head]
-    if key == "lm_head.weight":  # also where it is tied: stored all the same, it may be another matrix
-        return [("end", "lm_head.weight")]
+    if key == "lm_head.weight":  # also where it is tied: it may be another matrix, or the only one that is stored
+        embedding = [("begin", "embed_tokens.weight")] if known.tie_word_embeddings else []
+        return [("end", "lm_head.weight"), *embedding]
     if key == "model.norm.weight":
         return [("end", "norm.weight")]
 
