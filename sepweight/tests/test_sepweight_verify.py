@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -23,6 +24,12 @@ DAMAGES = 200
 def directory(checkpoint, layout, tmp_path) -> Path:
     llm_sepweight.split(checkpoint, tmp_path / "split", layout=layout)
     return tmp_path / "split"
+
+
+@pytest.fixture
+def untied(layout):
+    """The layout without the head, which is the embedding: no part needs another."""
+    return lambda key, config: layout(key, config)[:1]
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -114,7 +121,8 @@ def test_a_damaged_manifest_is_written_anew_for_the_parts_that_are_there(checkpo
     directory = tmp_path / "some"
     llm_sepweight.split(checkpoint, directory, layout=layout, spec=spec, dtype=dtype)
     whole = contents(directory)
-    flip(directory / "sepweight.json", 300)
+    manifest = directory / "sepweight.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"tool": "llm', b'"tool": "lln'))
     flip(directory / "mid.00001.safetensors", 8000)
     sound = {path: path.stat().st_ino for path in directory.iterdir() if "json" not in path.name}
     del sound[directory / "mid.00001.safetensors"]
@@ -178,26 +186,66 @@ def test_a_missing_part_is_not_taken_from_another_model(directory, checkpoint, t
     assert contents(directory) == whole
 
 
-@pytest.mark.parametrize(
-    "damaged",
-    [
-        lambda manifest: manifest[:200],
-        lambda manifest: b"",
-        lambda manifest: bytes(len(manifest)),
-        lambda manifest: manifest.replace(b'"mid.00001.safe', b'"mid.00011.safe'),
-    ],
-    ids=["cut", "empty", "zeros", "misspelt"],
-)
-def test_a_missing_layer_is_not_left_out_of_a_new_manifest(directory, checkpoint, layout, damaged):
-    name = "mid.00001"
+DAMAGED_MANIFESTS = {
+    "cut": lambda manifest: manifest[:200],
+    "empty": lambda manifest: b"",
+    "zeros": lambda manifest: bytes(len(manifest)),
+    "misspelt": lambda manifest: re.sub(rb'"[a-z0-9.]+.safetensors"', b'"mid.00011.safetensors"', manifest),
+    "one twice": lambda manifest: re.sub(rb'"[a-z0-9.]+.safetensors"', b'"mid.00000.safetensors"', manifest),
+}
+
+
+@pytest.mark.parametrize("damaged", DAMAGED_MANIFESTS.values(), ids=DAMAGED_MANIFESTS)
+@pytest.mark.parametrize("name", ["begin", "mid.00001", "mid.00002", "end"])
+def test_a_missing_part_is_not_left_out_of_a_new_manifest(checkpoint, tmp_path, untied, name, damaged):
+    directory = tmp_path / "split"
+    llm_sepweight.split(checkpoint, directory, layout=untied)
     manifest = directory / "sepweight.json"
     manifest.write_bytes(damaged(manifest.read_bytes()))
     (directory / f"{name}.safetensors").unlink()
     before = contents(directory)
-    _, found = verify(directory, source=checkpoint, layout=layout)
-    assert (found.file, found.repaired) == (f"{name}.safetensors", False)
-    assert "the file is missing, and the manifest cannot tell whether it was here" in found.problem
+    *_, found = verify(directory, source=checkpoint, layout=untied)
+    assert (found.file, found.part, found.repaired) == (f"{name}.safetensors", name, False)
+    problem = "the file is missing, and the manifest cannot tell whether it was here: split or fetch"
+    assert problem in found.problem
     assert contents(directory) == before
+
+
+@pytest.mark.parametrize("old", ["mid.00001", "tokenizer"])
+def test_a_file_whose_name_is_misspelt_in_the_manifest_is_not_left_out(directory, checkpoint, layout, old):
+    file = f"{old}.safetensors" if "." in old else f"{old}.json"
+    manifest = directory / "sepweight.json"
+    misspelt = manifest.read_bytes().replace(f'"{file}"'.encode(), f'"{file.translate({49: 51, 116: 117})}"'.encode())
+    whole = contents(directory)
+    manifest.write_bytes(misspelt)
+    assert [each.repaired for each in verify(directory, source=checkpoint, layout=layout)] == [True]  # it is here
+    assert contents(directory) == whole
+    manifest.write_bytes(misspelt)
+    (directory / file).unlink()
+    before = contents(directory)
+    found = verify(directory, source=checkpoint, layout=layout)
+    assert (found[-1].file, found[-1].repaired) == (file, False)
+    assert contents(directory) == before
+
+
+@pytest.mark.parametrize("cut", [0, 200])
+def test_small_files_are_written_where_nothing_is_left_of_the_manifest(directory, checkpoint, layout, cut):
+    whole = contents(directory)
+    (directory / "sepweight.json").write_bytes(whole["sepweight.json"][:cut])
+    (directory / "tokenizer.json").unlink()
+    _, found = verify(directory, source=checkpoint, layout=layout)
+    assert (found.file, found.repaired) == ("tokenizer.json", cut == 0)
+    assert (contents(directory) == whole) == (cut == 0)
+
+
+def test_a_manifest_that_cannot_be_read_is_not_mended_for_some_of_the_parts(checkpoint, layout, tmp_path):
+    llm_sepweight.split(checkpoint, tmp_path / "some", layout=layout, spec="1:3")
+    os.truncate(tmp_path / "some" / "sepweight.json", 200)
+    before = contents(tmp_path / "some")
+    _, *found = verify(tmp_path / "some", source=checkpoint, layout=layout)
+    assert [each.file for each in found[:3]] == ["begin.safetensors", "mid.00000.safetensors", "end.safetensors"]
+    assert not any(each.repaired for each in found)
+    assert contents(tmp_path / "some") == before
 
 
 def test_a_manifest_that_names_all_its_parts_is_mended_without_those_between(checkpoint, layout, tmp_path):
@@ -211,7 +259,8 @@ def test_a_manifest_that_names_all_its_parts_is_mended_without_those_between(che
 
 
 def test_a_part_that_only_the_damaged_manifest_knows_is_not_left_out(directory, checkpoint, layout):
-    flip(directory / "sepweight.json", 300)
+    manifest = directory / "sepweight.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"tool": "llm', b'"tool": "lln'))
     damaged = contents(directory)
 
     def fewer(key, config):
@@ -223,6 +272,9 @@ def test_a_part_that_only_the_damaged_manifest_knows_is_not_left_out(directory, 
     ]  # fmt: skip
     assert "the source does not have it" in found[1].problem
     assert contents(directory) == damaged
+    (directory / "mid.00002.safetensors").unlink()
+    assert [each.file for each in verify(directory, source=checkpoint, layout=fewer)][1:] == ["mid.00002.safetensors"]
+    assert not (directory / "mid.00002.safetensors").exists()
 
 
 @pytest.mark.parametrize("in_place", [False, True])

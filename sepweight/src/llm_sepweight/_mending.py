@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,8 @@ def mend_manifest(directory: Path, damage: Damage, source: StoreSource, progress
     """The damage of a manifest, and those of files that are not what the source has; all are repaired, or nothing is.
 
     A file is written only if its checksum at the source still stands in the damaged manifest; where there is none at
-    all, one that is missing is written, too.
+    all, a small one that is missing is written, too. Where the manifest does not tell which files were here, all of
+    the source's have to be.
     """
     rest = _rest_of(directory / MANIFEST)
     dtype, everything = _as_it_was_split(directory, source)
@@ -38,19 +39,20 @@ def mend_manifest(directory: Path, damage: Damage, source: StoreSource, progress
     companions = {name: data for name, data in companions.items() if not rest or _belongs(directory / name, rest)}
     files = {name: FileInfo(len(data), checksum(data)) for name, data in companions.items()}
 
-    damaged, hopeless = (
-        [],
-        [
-            Damage(path.name, "the source does not have it, and the manifest cannot tell whether it is right")
-            for path in sorted(directory.glob("[!.]*"))
-            if _names(rest, path.name) and path.name not in {each.file for each in parts.values()} | files.keys()
-        ],
-    )
-    if not _names_all(rest, {each.file for each in everything.values()} | files.keys()):
-        problem = "the file is missing, and the manifest cannot tell whether it was here"
-        hopeless += [Damage(everything[part].file, problem, part) for part in _between(everything, here)]
     expected = {each.file: (part, done[part]) for part, each in parts.items()}
     expected |= {name: (None, info) for name, info in files.items()}
+    told = _entries(rest)
+    sums = {info.checksum for _, info in expected.values()}
+    gone = {file for _, file, text in told or () if file not in expected and text not in sums}
+    found = {path.name for path in directory.glob("[!.]*") if _names(rest, path.name) and path.name not in expected}
+    doubt = "the source does not have it, and the manifest cannot tell whether it is right"
+    damaged: list[Damage] = []
+    hopeless = [Damage(name, doubt) for name in sorted(gone | found)]
+    names = {each.file: part for part, each in everything.items()} | dict.fromkeys(files)
+    if told is None or any(names.get(file, "") != part for part, file, _ in told):
+        doubt = "the file is missing, and the manifest cannot tell whether it was here: split or fetch them all again"
+        hopeless += [Damage(each.file, doubt, part) for part, each in everything.items() if part not in here]
+        hopeless += [Damage(name, doubt) for name in source.companion_names() if name not in files]
     for name, (part, info) in expected.items():
         problem = _problem(directory / name, info)
         if problem and (rest or (directory / name).exists()) and info.checksum.encode() not in rest:
@@ -89,21 +91,14 @@ def _belongs(path: Path, rest: bytes) -> bool:
     return path.exists() or _names(rest, path.name)
 
 
-def _names_all(rest: bytes, known: Collection[str]) -> bool:
-    """Whether a damaged manifest is so far whole that a file which it does not name did not belong to it."""
+def _entries(rest: bytes) -> list[tuple[str | None, str, str]] | None:
+    """Part (None for a small file), file and checksum of all that a damaged manifest names; None where it is no JSON."""
     try:
         fields = parse_json(rest)
-        names = {*(entry["file"] for entry in fields["parts"].values()), *fields["files"]}
+        parts = [(part, str(entry["file"]), str(entry.get("checksum"))) for part, entry in fields["parts"].items()]
+        return parts + [(None, name, str(entry.get("checksum"))) for name, entry in fields["files"].items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return False
-    return names.issubset(known)  # else it may be one of these, misspelt
-
-
-def _between(everything: Iterable[str], here: Collection[str]) -> list[str]:
-    """The parts that lie between parts that are here, and are not here."""
-    order = list(everything)
-    places = [order.index(part) for part in here]
-    return [part for part in order[min(places) : max(places)] if part not in here]
+        return None
 
 
 def _as_it_was_split(directory: Path, source: StoreSource) -> tuple[torch.dtype | None, dict[str, PlannedPart]]:

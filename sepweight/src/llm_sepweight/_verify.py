@@ -34,7 +34,8 @@ def verify(
 
     source: what the model was split from, or another copy of it: damaged files are written anew, and are put in place only
         if they have the checksums that they must have. Where the manifest itself is damaged, it is written anew once all
-        other files are what the source has; of those that are not, only what still stands in it can tell which are damaged.
+        other files are what the source has; of those that are not, only what still stands in it can tell which are damaged,
+        or were not there: what it does not tell is left as it is.
     layout: for the source, as in `open`. progress: called with (bytes done, bytes in all).
     Raises WeightError where there is no such directory, a split or fetch to it is not finished, its format is newer than
     this library, or the source cannot be read.
