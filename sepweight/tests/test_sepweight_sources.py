@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,17 @@ def test_a_store_that_is_open_does_not_mix_its_model_with_another(checkpoint, la
             assert not (tmp_path / "new").exists()
         assert weights.load("begin")  # of the file that was open
         with pytest.raises(WeightError, match="file was changed since the store was opened.*model-00002.*Open the"):
+            weights.load("mid.00002")
+
+
+def test_a_file_that_is_replaced_by_one_of_the_same_size_and_time_is_refused(checkpoint, layout):
+    with llm_sepweight.open(checkpoint, layout) as weights:
+        weights.load("begin")
+        before = {shard: shard.stat().st_mtime_ns for shard in checkpoint.glob("*.safetensors")}
+        another_model(checkpoint)
+        for shard, modified in before.items():
+            os.utime(shard, ns=(modified, modified))
+        with pytest.raises(WeightError, match="file was changed since the store was opened.*model-00002"):
             weights.load("mid.00002")
 
 

@@ -38,10 +38,9 @@ class Reader:
         checksums: Mapping[str, str],
     ) -> None:
         self._path = path
-        modified = {file: found[1] for file, found in states.items()}
+        known = {file: (modified, inode) for file, (_, modified, _, inode) in states.items()}
         self.files = {
-            file: WeightFile(file, size, self._say_buffered, modified=modified.get(file))
-            for file, size in file_sizes.items()
+            file: WeightFile(file, size, self._say_buffered, state=known.get(file)) for file, size in file_sizes.items()
         }
         self._checks = LazyChecks(checksums)
         self._open: dict[str, None] = {}  # those that may be open, the one used longest ago first

@@ -35,16 +35,16 @@ class WeightFile:
     """A file that is read in pieces by any number of threads; opened at the first of them.
 
     Where direct reads are not possible, `on_buffered(path)` is called, reads go through the page cache, and what they
-    leave there is dropped at once. `size`, in bytes, and `modified`, in nanoseconds, are what it must have.
+    leave there is dropped at once. `size`, in bytes, is what it must have, and so is `state`: time of change, in nanoseconds, and inode.
     """
 
     def __init__(
-        self, path: str, size: int, on_buffered: Callable[[str], None], *, modified: int | None = None
+        self, path: str, size: int, on_buffered: Callable[[str], None], *, state: tuple[int, int] | None = None
     ) -> None:
         self.path = path
         self.direct = True
         self.size = size
-        self._modified = modified
+        self._state = state
         self._on_buffered = on_buffered
         self._file: io.FileIO | None = None
         self._closed = False
@@ -116,7 +116,7 @@ class WeightFile:
         except OSError as error:
             raise WeightError(f"the file cannot be opened: {error.strerror}", file=self.path) from error
         status = os.fstat(file.fileno())
-        if status.st_size != self.size or self._modified not in (None, status.st_mtime_ns):
+        if status.st_size != self.size or self._state not in (None, (status.st_mtime_ns, status.st_ino)):
             file.close()
             problem = f"the file was changed: {self.size} bytes when the store was opened, {status.st_size} now"
             if status.st_size == self.size:
