@@ -401,6 +401,21 @@ def test_a_second_copy_of_a_tensor_goes_with_its_file(sharded, tensors, tmp_path
     assert not list(sharded.glob("model*"))
 
 
+@pytest.mark.parametrize("other", [lambda tensor: tensor + 1, lambda tensor: tensor[:-1], lambda tensor: tensor.int()])
+def test_in_place_does_not_remove_other_values_of_a_tensor_that_the_index_takes_elsewhere(
+    sharded, tensors, tmp_path, layout, other
+):
+    rest = load_file(sharded / "model-1.safetensors")
+    save_file(rest | {"norm.weight": other(tensors["norm.weight"])}, sharded / "model-1.safetensors")
+    before = contents(sharded)
+    message = "index takes this tensor from another file.*would be lost.*model-1.safetensors, tensor norm.weight"
+    with pytest.raises(WeightError, match=message):
+        llm_sepweight.split(sharded, tmp_path / "split", layout=layout, in_place=True)
+    assert contents(sharded) == before
+    assert not (tmp_path / "split").exists()
+    llm_sepweight.split(sharded, tmp_path / "split", layout=layout)
+
+
 def test_a_shard_that_is_named_like_a_part_is_not_written_over(sharded, layout):
     index = sharded / "model.safetensors.index.json"
     (sharded / "model-1.safetensors").rename(sharded / "begin.safetensors")

@@ -76,6 +76,7 @@ class Catalog:
     parts: dict[str, dict[str, Entry]]  # in the order of the model
     file_sizes: dict[str, int]
     unlisted: dict[str, str] = field(default_factory=dict)  # by file, a tensor in it that the index leaves out
+    copies: list[tuple[Extent, Extent]] = field(default_factory=list)  # of a tensor; the index takes the second
 
 
 def in_order(parts: Mapping[str, T]) -> dict[str, T]:

@@ -57,20 +57,24 @@ def read_checkpoint(directory: Path, layout: Layout | None) -> Catalog:
         problem = f"there is no {MANIFEST} here, and a checkpoint needs a layout to say what belongs to which part"
         raise WeightError(problem, file=directory, remedy="Pass layout=, as the model's package offers it.")
     read, keys_of = _files(directory)
-    listed = {key for keys in keys_of.values() for key in keys}
-    extents = []
-    unlisted = {}
+    extents: list[Extent] = []
+    others: list[Extent] = []
     for file, keys in keys_of.items():
         try:
             found = read(inside(directory / file))
             extents += chosen_extents(found, keys, directory / file)
-            unlisted |= {str(directory / file): extent.key for extent in found if keys and extent.key not in listed}
+            listed = set(keys)
+            others += [extent for extent in found if keys and extent.key not in listed]
         except WeightError as error:  # say what is lost, too
             error.tensor = error.tensor or next(iter(keys), None)
             error.part = _first_part(layout, error.tensor, config)
             raise
     parts = arrange(extents, layout, config)
-    return Catalog(config, parts, {str(directory / file): size_of(directory / file) for file in keys_of}, unlisted)
+    taken = {extent.key: extent for extent in extents}
+    unlisted = {other.file: other.key for other in others if other.key not in taken}
+    copies = [(other, taken[other.key]) for other in others if other.key in taken]
+    sizes = {str(directory / file): size_of(directory / file) for file in keys_of}
+    return Catalog(config, parts, sizes, unlisted, copies)
 
 
 def _files(directory: Path) -> tuple[Callable[[Path], list[Extent]], dict[str, list[str]]]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llm_sepweight._catalog import Catalog, Entry, Extent, TensorInfo, decoded, encoded
+from llm_sepweight._catalog import Catalog, Entry, Extent, TensorInfo, decoded, encoded, whole
 from llm_sepweight._checkpoint import FORMS
+from llm_sepweight._copying import Piece, checksums
 from llm_sepweight._errors import WeightError
 from llm_sepweight._header import DTYPE_NAMES, DTYPES
 from llm_sepweight._plan import PlannedPart
@@ -29,10 +32,23 @@ class Freeing:
             problem = "the index leaves out this tensor, which would be lost with its file"
             remedy = "Enter it in the index, or split without in_place."
             raise WeightError(problem, file=file, tensor=key, remedy=remedy)
+        self._check_copies()
         for file in map(Path, self._files):
             if file.is_symlink():
                 remedy = "Split it without in_place, and remove the cache's copy."
                 raise WeightError("a link cannot be freed in place", file=file, remedy=remedy)
+
+    def _check_copies(self) -> None:
+        """Raises WeightError where a tensor that goes with its file is not the one of that key that is kept."""
+        reader, copies = self._source.store._reader, self._source.store.catalog.copies
+        alike = [(copy, kept) for copy, kept in copies if (copy.dtype, copy.shape) == (kept.dtype, kept.shape)]
+        found = ([Piece(e.nbytes, partial(reader.copy, None, e.key, whole(e)))] for pair in alike for e in pair)
+        with closing(checksums(found)) as texts:
+            same = {copy for copy, _ in alike if next(texts) == next(texts)}
+        for copy in (copy for copy, _ in copies if copy not in same):
+            problem = "the index takes this tensor from another file, and other values, which are here, would be lost"
+            remedy = "Remove them from this file, or split without in_place."
+            raise WeightError(problem, file=copy.file, tensor=copy.key, remedy=remedy)
 
     def begin(self, everything: Mapping[str, PlannedPart], written: Iterable[Path]) -> None:
         """everything: all parts of the model. One that is not written holds on to its files. written: the files to be."""

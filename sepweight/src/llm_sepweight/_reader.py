@@ -65,7 +65,9 @@ class Reader:
             jobs += self._copies(part, name, entries[name], memory[placement.starts[name] :])
         self.run(jobs, checks)
 
-    def fetch(self, part: str, name: str | None, file: str, offset: int, nbytes: int, memory: memoryview) -> None:
+    def fetch(
+        self, part: str | None, name: str | None, file: str, offset: int, nbytes: int, memory: memoryview
+    ) -> None:
         """Whole pages of a file, read by this thread."""
         with _at(part, name):
             if not self._checks.check(self._used(file), Span(offset, memory[:nbytes])):
@@ -76,7 +78,7 @@ class Reader:
         with _at(part, None):
             checks.check(self._used(file))
 
-    def copy(self, part: str, name: str, entry: Entry, start: int, out: memoryview) -> None:
+    def copy(self, part: str | None, name: str, entry: Entry, start: int, out: memoryview) -> None:
         """Bytes of a tensor from `start` on, through memory of this thread, to wherever they shall go."""
         bounce = self._bounce(min(BOUNCE, len(out)) + 2 * PAGE)
         step = entry.extents[0].nbytes
@@ -196,7 +198,7 @@ class Reader:
 
 
 @contextmanager
-def _at(part: str, name: str | None) -> Iterator[None]:
+def _at(part: str | None, name: str | None) -> Iterator[None]:
     """Errors say for which part and tensor the file was read."""
     try:
         yield
