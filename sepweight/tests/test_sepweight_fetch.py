@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 import llm_sepweight
 from llm_sepweight import WeightError, _download, fetch
 
+CONFIG = {"model_type": "tiny", "hidden_size": 24, "rope_theta": 1e4}
 HEADER_START = 8  # bytes of a file that tell its size and, in a shard, how long its header is
 
 
@@ -129,6 +131,72 @@ def test_parts_of_two_models_are_never_mixed(checkpoint, split, serve, layout, t
     for source in (tmp_path / "other", checkpoint):
         with pytest.raises(WeightError, match="cannot be told to be the one at .*Choose another destination"):
             fetch(serve(source).url, "1:2", tmp_path / "node", layout=layout)
+    assert {path: path.read_bytes() for path in (tmp_path / "node").iterdir()} == before
+
+
+def served_by_time_and_size(serve, directory: Path):
+    """A server whose ETags are, as those of many are, of time and size; here all times are the same."""
+    server = serve(directory)
+
+    def answer(request) -> bool:
+        if not request.name.endswith(".safetensors"):
+            return False
+        data = (directory / request.name).read_bytes()
+        first, last = map(int, request.headers["Range"].removeprefix("bytes=").split("-"))
+        content = f"bytes {first}-{last}/{len(data)}"
+        request.answer(206, data[first : last + 1], ETag=f'"3b9aca00-{len(data):x}"', Content_Range=content)
+        return True
+
+    server.trick = answer
+    return server
+
+
+@pytest.mark.parametrize("begun", ["a part", "part of a file"])
+def test_two_checkpoints_that_a_server_gives_the_same_versions_are_never_mixed(
+    begun, checkpoint, serve, layout, tensors, tmp_path
+):
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    for shard in other.glob("*.safetensors"):
+        save_file({key: -tensors[key] for key in keys_of(shard)}, shard)
+    llm_sepweight.split(other, tmp_path / "other-split", layout=layout)
+    first, second = (served_by_time_and_size(serve, directory) for directory in (checkpoint, other))
+    if begun == "a part":
+        fetch(first.url, "b", tmp_path / "node", layout=layout)
+        with pytest.raises(WeightError, match="cannot be told to be the one at"):
+            fetch(second.url, "f", tmp_path / "node", layout=layout)
+        fetch(first.url, "f", tmp_path / "node", layout=layout)
+    else:
+        progress: list[int] = []
+
+        def interrupt(done: int, total: int) -> None:
+            progress.append(done)
+            if len(progress) == 3:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            fetch(first.url, "f", tmp_path / "node", layout=layout, progress=interrupt)
+        assert ".begin.safetensors.partial" in names_in(tmp_path / "node")
+        fetch(second.url, "f", tmp_path / "node", layout=layout)
+        assert_same_files(tmp_path / "node", tmp_path / "other-split", names_in(tmp_path / "node") - {"sepweight.json"})
+
+
+@pytest.mark.parametrize("other", ["layout", "config"])
+def test_parts_of_one_checkpoint_by_two_layouts_or_configs_are_never_mixed(other, checkpoint, layout, tmp_path):
+    def renamed(key, config):
+        return [(part, f"model.{name}", *row) for part, name, *row in layout(key, CONFIG)]
+
+    fetch(checkpoint, "b", tmp_path / "node", layout=layout)
+    if other == "config":
+        (checkpoint / "config.json").write_text(json.dumps(CONFIG | {"rope_theta": 1e6}))
+    before = {path: path.read_bytes() for path in (tmp_path / "node").iterdir()}
+    with pytest.raises(WeightError, match="cannot be told to be the one at"):
+        fetch(
+            checkpoint,
+            "1:2",
+            tmp_path / "node",
+            layout=renamed if other == "layout" else lambda key, _: layout(key, CONFIG),
+        )
     assert {path: path.read_bytes() for path in (tmp_path / "node").iterdir()} == before
 
 

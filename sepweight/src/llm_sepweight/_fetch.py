@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llm_sepweight._catalog import DAMAGED, Entry, Extent, in_order, parse_config, parse_json
+from llm_sepweight._catalog import DAMAGED, Entry, Extent, encoded, in_order, parse_config, parse_json
 from llm_sepweight._checkpoint import Layout, arrange, chosen_extents, keys_by_file
 from llm_sepweight._checksum import checksum
 from llm_sepweight._copying import Piece, literal
@@ -185,14 +185,18 @@ def _in_checkpoint(remote: Remote, spec: str, layout: Layout, pool: ThreadPoolEx
     parts = needed(planned, spec)
     where = {remote.where(file.name): file for file in files.values()}
     downloads = {part: _gathered(remote, part, planned[part], entries[part], where) for part in parts}
-    versions = [[file.name, file.size, file.version] for file in files.values()]
+    model = [
+        [remote.identity(file) for file in files.values()],
+        encoded(config),  # a layout goes by it, and may be another one the next time
+        {part: each.tensors for part, each in planned.items()},
+    ]
     manifest = Manifest(
         tool=tool(),
         source=remote.name.rsplit("/", 1)[-1],
         config=config,
         parts={part: PartInfo(planned[part].file, planned[part].nbytes, "", planned[part].tensors) for part in parts},
         files={},
-        model=checksum(json.dumps(versions).encode()),
+        model=checksum(json.dumps(model).encode()),
     )
     names = remote.names()
     listed = [name for name in names or () if travels_along(name)]
@@ -231,7 +235,7 @@ def _gathered(
             nbytes += before
         ranges.append((file, offset, nbytes))
     contents = [literal(planned.header), *(_range(remote, part, *each) for each in ranges)]
-    of = [checksum(planned.header), *([file.name, file.size, file.version, *span] for file, *span in ranges)]
+    of = [checksum(planned.header), *([*remote.identity(file), *span] for file, *span in ranges)]
     used = list({file.name: file for file, _, _ in ranges}.values())
     return Download(planned.file, contents, checksum(json.dumps(of).encode()), _checker(remote, part, used, None))
 

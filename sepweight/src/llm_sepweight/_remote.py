@@ -64,6 +64,10 @@ class Remote(ABC):
     def still(self, file: RemoteFile) -> None:
         """Raises WeightError where the file was changed since it was found and `read` could not notice."""
 
+    def identity(self, file: RemoteFile) -> list[Any]:
+        """JSON that no other file has, as far as the source can tell."""
+        return [file.name, file.size, file.version]
+
     def where(self, name: str) -> str:
         """The file as an error names it."""
         return f"{self.name}/{name}"
