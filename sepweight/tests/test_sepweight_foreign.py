@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import llm_sepweight
-from llm_sepweight import WeightError, _copying
+from llm_sepweight import WeightError, _copying, _download
 
 Write = Callable[[Path], None]
 WAYS = ("split", "split in place", "dump", "dump a stream", "fetch", "fetch from a checkpoint", "export")
@@ -95,6 +95,39 @@ def test_an_export_that_was_interrupted_begins_anew_and_leaves_nothing_else(chec
     assert {path.name for path in (tmp_path / "back").iterdir()} == {
         "model.safetensors", "config.json", "tokenizer.json",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("begun", "record"),
+    [("split", ".sepweight.journal"), ("fetch", ".sepweight.fetch"), ("dump", ".sepweight.journal")],
+)
+def test_where_something_else_is_not_finished_nothing_is_exported(
+    begun, record, checkpoint, layout, tensors, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(_download, "WINDOW", 4096)
+    source, new = tmp_path / "split", tmp_path / "new"
+    llm_sepweight.split(checkpoint, source, layout=layout)
+    ways: dict[str, Callable[..., None]] = {
+        "split": lambda stop: llm_sepweight.split(checkpoint, new, layout=layout, progress=stop),
+        "fetch": lambda stop: llm_sepweight.fetch(source, "f", new, progress=stop),
+        "dump": lambda stop: llm_sepweight.dump(
+            tensors, new, config=json.loads((checkpoint / "config.json").read_text()), layout=layout, progress=stop
+        ),
+    }
+
+    def stop(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ways[begun](stop)
+    before = contents(new)
+    assert record in before
+    with pytest.raises(WeightError, match=f"something here that is not finished.*{record}.*Finish it, as it was begun"):
+        llm_sepweight.export(source, new)
+    assert contents(new) == before
+    ways[begun](None)
+    assert llm_sepweight.verify(new) == []
 
 
 @pytest.mark.parametrize("limit", [20_000, 5_000_000_000])

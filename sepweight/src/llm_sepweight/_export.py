@@ -21,7 +21,7 @@ from llm_sepweight._manifest import FileInfo
 from llm_sepweight._parts import is_sound
 from llm_sepweight._source import Source, StoreSource
 from llm_sepweight._store import WeightStore, open
-from llm_sepweight._writing import check_room, locked, remove, temporary, write_bytes
+from llm_sepweight._writing import check_room, locked, remove, temporary, unfinished, write_bytes
 
 RECORD = ".sepweight.export"  # what one at work writes, and has written
 INDEX = "model.safetensors.index.json"
@@ -48,7 +48,7 @@ def export(
     source: also a checkpoint, with its layout. max_shard_nbytes: of tensors in a file; a larger tensor is alone in one.
     progress: called with (bytes done, bytes in all).
     Raises WeightError where parts are missing, the names are not known, the source is damaged, or the destination holds
-    weights, or other small files of the same names, or cannot be written. Interrupted, it begins anew; the index, or the
+    weights, other small files of the same names, or an unfinished split, fetch or dump, or cannot be written. Interrupted, it begins anew; the index, or the
     only file, comes last.
     """
     directory = Path(destination)
@@ -58,6 +58,9 @@ def export(
         shards = list(_sharded(_by_key(tensors), max_shard_nbytes))
         with locked(directory):
             _clear(directory)
+            if (record := unfinished(directory)) is not None:
+                remedy = "Finish it, as it was begun, or choose another destination."
+                raise WeightError("there is something here that is not finished", file=record, remedy=remedy)
             check_no_weights(directory)
             check_same(directory, tensors.companions())
             _write(shards, tensors, directory, progress)

@@ -76,9 +76,9 @@ def check_room(directory: Path, nbytes: int) -> None:
         raise WeightError(problem, file=directory, remedy="Make room or choose another destination.")
 
 
-def unfinished(directory: Path) -> bool:
-    """Whether whoever wrote to a directory has left what it needs to go on."""
-    return any(path.name != LOCK for path in directory.glob(".sepweight.*"))
+def unfinished(directory: Path) -> Path | None:
+    """What whoever wrote to a directory has left because it needs it to go on."""
+    return min((path for path in directory.glob(".sepweight.*") if path.name != LOCK), default=None)
 
 
 @contextmanager
