@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import weakref
@@ -168,6 +169,38 @@ def test_a_dump_that_was_killed_after_the_manifest_is_finished(
         llm_sepweight.fetch(tmp_path / "source", "f", tmp_path / "new")
     assert not [name for name in os.listdir(tmp_path / "new") if name.startswith(".")]
     assert_holds(tmp_path / "new", expected)
+
+
+KILLED = """
+import os, shutil, signal, sys, torch, llm_sepweight
+
+def die(*args, **more):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def stream():
+    if sys.argv[2] == "staging":
+        die()
+    for number in range(3):
+        yield {str(number): torch.full((8,), float(number))}
+
+if sys.argv[2] == "record":
+    llm_sepweight._parts.remove_journal = die
+if sys.argv[2] == "stage":
+    shutil.rmtree = die
+if sys.argv[2] == "comparing":
+    llm_sepweight._parts.checksums = die
+llm_sepweight.dump(stream(), sys.argv[1], config={}, layout=lambda key, config: [(f"mid.0000{key}", "x")])
+"""
+
+
+@pytest.mark.parametrize("moments", [["stage"], ["stage", "staging"], ["record", "staging"], ["record", "comparing"]])
+def test_a_dump_of_a_stream_that_is_killed_near_its_end_again_and_again_is_finished(tmp_path, moments):
+    for moment in [*moments, ""]:
+        done = subprocess.run([sys.executable, "-c", KILLED, tmp_path, moment], capture_output=True, text=True)
+        assert done.returncode == (-signal.SIGKILL if moment else 0), done.stderr
+        assert (tmp_path / "sepweight.json").exists()
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+    assert verify(tmp_path) == []
 
 
 def interrupt(done: int, total: int) -> None:

@@ -22,7 +22,7 @@ from llm_sepweight._freeing import Freeing
 from llm_sepweight._header import DTYPES, file_order, make_header, read_header
 from llm_sepweight._journal import read_journal
 from llm_sepweight._manifest import MANIFEST
-from llm_sepweight._parts import STAGE, check_not_needed, clear_finished, write_parts
+from llm_sepweight._parts import STAGE, check_not_needed, is_finished, write_parts
 from llm_sepweight._source import StoreSource
 from llm_sepweight._states import states
 from llm_sepweight._store import WeightStore
@@ -76,9 +76,7 @@ def _dump_stream(
     journal = read_journal(directory)
     check_not_needed(journal)
     stage = directory / STAGE
-    if stage.exists():  # of one that was killed
-        shutil.rmtree(stage)
-    finished = clear_finished(directory)
+    finished = is_finished(directory)
     if (directory / MANIFEST).exists() and not finished:
         remedy = "Choose another destination, or remove this one first."
         raise WeightError("there is a split model here already", file=directory / MANIFEST, remedy=remedy)
@@ -86,7 +84,9 @@ def _dump_stream(
         check_no_weights(directory)
         check_same(directory, _config_file(config))
     with naming(stage):
-        stage.mkdir()
+        stage.mkdir(exist_ok=True)
+        for left in stage.iterdir():  # by one that was killed; as long as the stage is here, this one can be, too
+            left.unlink()
     try:
         extents = _write_stage(stage, stream, layout, dict(config))
         parts = arrange(extents, layout, dict(config))

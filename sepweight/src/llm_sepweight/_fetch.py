@@ -273,7 +273,8 @@ def _checker(
 def _here(directory: Path, found: Found, remote: Remote) -> Manifest:
     """What the destination holds already, which must be of the same model."""
     remedy = "Choose another destination, or remove this one first."
-    if not clear_finished(directory) and (journal := read_journal(directory)) is not None:
+    clear_finished(directory)
+    if (journal := read_journal(directory)) is not None:
         problem = "there is a split here that is not finished"
         raise WeightError(problem, file=directory, remedy=journal.remedy(remedy))
     if not (directory / MANIFEST).exists():

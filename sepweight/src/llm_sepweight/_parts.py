@@ -55,7 +55,11 @@ def write_parts(
     if journal is not None:
         _check_order(journal, order)
     elif complete:
-        _check_same(source, parts, directory, progress)
+        try:
+            _check_same(source, parts, directory, progress)
+        except WeightError:
+            remove_journal(directory)  # of one that had only this left to do
+            raise
         return remove_journal(directory)
     else:
         if not begun:
@@ -176,15 +180,24 @@ def check_not_needed(journal: Journal | None) -> None:
         raise WeightError(problem, file=journal.path.parent, remedy=journal.remedy(""))
 
 
-def clear_finished(directory: Path) -> bool:
-    """Drop the record of a dump, or split, that was killed after the manifest: nothing but this was left to do."""
+def is_finished(directory: Path) -> bool:
+    """Whether a dump, or split, was killed after the manifest: nothing but to clear up was left to do."""
     journal = read_journal(directory)
-    if journal is None or journal.only_copy or not (directory / MANIFEST).exists():
-        return False
+    begun = (directory / STAGE).exists() if journal is None else not journal.only_copy
+    return begun and (directory / MANIFEST).exists()
+
+
+def clear_finished(directory: Path) -> None:
+    """Clear up after a dump, or split, that was killed after the manifest."""
+    if is_finished(directory):
+        remove_journal(directory)
+        clear_stage(directory)
+
+
+def clear_stage(directory: Path) -> None:
+    """Remove what a dump of a stream that was killed has staged: the next one stages it anew."""
     if (directory / STAGE).exists():
         shutil.rmtree(directory / STAGE)
-    remove_journal(directory)
-    return True
 
 
 def _check_fingerprint(journal: Journal, found: Mapping[str, Any] | None, freed: bool) -> None:
