@@ -130,6 +130,28 @@ def test_where_something_else_is_not_finished_nothing_is_exported(
     assert llm_sepweight.verify(new) == []
 
 
+@pytest.mark.parametrize("write", [way for way in WAYS if way != "export"], indirect=True)
+@pytest.mark.parametrize("killed", ["dump a stream", "fetch"])
+def test_what_was_left_in_the_first_file_goes_with_whatever_is_written_there_next(write, killed, tmp_path, monkeypatch):
+    monkeypatch.setattr(_download, "WINDOW", 4096)
+    new = tmp_path / "new"
+
+    def stop(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    if killed == "fetch":
+        with pytest.raises(KeyboardInterrupt):
+            llm_sepweight.fetch(tmp_path / "source", "1:2", new, progress=stop)
+    else:
+        (new / ".sepweight.stage").mkdir(parents=True)
+        (new / ".sepweight.stage" / "model-00000.safetensors").write_bytes(b"half")
+    assert list(new.glob(".sepweight.*"))
+    write(new)
+    assert not list(new.glob(".*"))
+    assert llm_sepweight.verify(new) == []
+
+
 @pytest.mark.parametrize("limit", [20_000, 5_000_000_000])
 def test_what_was_put_where_an_export_was_interrupted_stays(checkpoint, layout, tmp_path, limit, monkeypatch):
     monkeypatch.setattr(_copying, "WINDOW", 4096)

@@ -22,7 +22,7 @@ from llm_sepweight._freeing import Freeing
 from llm_sepweight._header import DTYPES, file_order, make_header, read_header
 from llm_sepweight._journal import read_journal
 from llm_sepweight._manifest import MANIFEST
-from llm_sepweight._parts import STAGE, check_not_needed, is_finished, write_parts
+from llm_sepweight._parts import STAGE, check_not_needed, clear_stage, is_finished, write_parts
 from llm_sepweight._source import StoreSource
 from llm_sepweight._states import states
 from llm_sepweight._store import WeightStore
@@ -60,6 +60,7 @@ def dump(
     if isinstance(tensors, Mapping):
         source = _Memory(cast(StateDict, tensors), config, layout)
         with locked(directory):
+            clear_stage(directory)
             return write_parts(source, directory, dtype=dtype, progress=progress)
     with locked(directory):
         _dump_stream(tensors, directory, config, layout, dtype, progress)

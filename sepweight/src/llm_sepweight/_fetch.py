@@ -29,7 +29,7 @@ from llm_sepweight._manifest import (
     read_manifest,
     stored_in,
 )
-from llm_sepweight._parts import clear_finished, is_sound, tool
+from llm_sepweight._parts import clear_finished, clear_stage, is_sound, tool
 from llm_sepweight._plan import PlannedPart, plan
 from llm_sepweight._remote import START, Remote, RemoteFile, open_remote
 from llm_sepweight._source import travels_along
@@ -277,6 +277,7 @@ def _here(directory: Path, found: Found, remote: Remote) -> Manifest:
     if (journal := read_journal(directory)) is not None:
         problem = "there is a split here that is not finished"
         raise WeightError(problem, file=directory, remedy=journal.remedy(remedy))
+    clear_stage(directory)
     if not (directory / MANIFEST).exists():
         return replace(found.manifest, parts={}, files={})
     here = read_manifest(directory)

@@ -16,6 +16,7 @@ from llm_sepweight._catalog import encoded, in_order
 from llm_sepweight._checksum import checksum
 from llm_sepweight._copying import Contents, Piece, Progress, checksums, converted, literal, nbytes_of, write_files
 from llm_sepweight._damage import damages, file_checksum
+from llm_sepweight._download import forget
 from llm_sepweight._errors import WeightError
 from llm_sepweight._foreign import check_no_weights, check_same
 from llm_sepweight._freeing import Freeing
@@ -64,6 +65,7 @@ def write_parts(
     else:
         if not begun:
             _check_free(source, parts, directory, freeing)
+        forget(directory, "", ())  # what a fetch that was killed has of the files of whatever model
         catalog = {} if freeing is None else {"catalog": freeing.catalog()}
         journal = begin_journal(directory, {**order, "fingerprint": fingerprint, **catalog})
     with closing(journal):

@@ -13,7 +13,7 @@ from llm_sepweight._errors import WeightError
 from llm_sepweight._freeing import Freeing, catalog_from_json
 from llm_sepweight._journal import read_journal
 from llm_sepweight._manifest import MANIFEST, read_manifest
-from llm_sepweight._parts import write_parts
+from llm_sepweight._parts import clear_stage, write_parts
 from llm_sepweight._source import StoreSource
 from llm_sepweight._states import states
 from llm_sepweight._store import WeightStore, open
@@ -57,6 +57,7 @@ def split(
         found = StoreSource(store)
         freeing = Freeing(found) if in_place else None
         with locked(directory):
+            clear_stage(directory)
             write_parts(found, directory, spec=spec, dtype=dtype, progress=progress, freeing=freeing)
 
 
