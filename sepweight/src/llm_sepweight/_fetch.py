@@ -124,7 +124,10 @@ def fetch(
 
 @contextmanager
 def _asking(remote: Remote, connections: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that ask the source; after an error, or Ctrl-C, what they are at is stopped."""
+    """Threads that ask the source; after an error, or Ctrl-C, what they are at is stopped.
+
+    Over HTTP that is at once; but a connection in the making has until its timeout, and fsspec until it is done.
+    """
     with ThreadPoolExecutor(connections, thread_name_prefix="llm_sepweight fetch") as pool:
         try:
             yield pool
