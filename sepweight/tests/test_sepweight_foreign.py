@@ -152,6 +152,16 @@ def test_what_was_left_in_the_first_file_goes_with_whatever_is_written_there_nex
     assert llm_sepweight.verify(new) == []
 
 
+def test_a_damaged_record_of_an_export_is_said_to_be_that(checkpoint, layout, tmp_path):
+    llm_sepweight.split(checkpoint, tmp_path / "split", layout=layout)
+    (tmp_path / "back").mkdir()
+    (tmp_path / "back" / ".sepweight.export").write_bytes(b'{"files": [')
+    with pytest.raises(WeightError, match="record of an unfinished export cannot be read.*Remove it.*export again"):
+        llm_sepweight.export(tmp_path / "split", tmp_path / "back")
+    (tmp_path / "back" / ".sepweight.export").unlink()
+    llm_sepweight.export(tmp_path / "split", tmp_path / "back")
+
+
 @pytest.mark.parametrize("limit", [20_000, 5_000_000_000])
 def test_what_was_put_where_an_export_was_interrupted_stays(checkpoint, layout, tmp_path, limit, monkeypatch):
     monkeypatch.setattr(_copying, "WINDOW", 4096)

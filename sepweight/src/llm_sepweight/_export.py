@@ -16,14 +16,13 @@ from llm_sepweight._copying import Piece, Progress, literal, write_files
 from llm_sepweight._errors import WeightError
 from llm_sepweight._foreign import check_no_weights, check_same
 from llm_sepweight._header import make_header
-from llm_sepweight._journal import Journal, begin_journal, read_journal
+from llm_sepweight._journal import EXPORT, Journal, begin_journal, read_journal
 from llm_sepweight._manifest import FileInfo
 from llm_sepweight._parts import is_sound
 from llm_sepweight._source import Source, StoreSource
 from llm_sepweight._store import WeightStore, open
 from llm_sepweight._writing import check_room, locked, remove, temporary, unfinished, write_bytes
 
-RECORD = ".sepweight.export"  # what one at work writes, and has written
 INDEX = "model.safetensors.index.json"
 
 
@@ -64,12 +63,12 @@ def export(
             check_no_weights(directory)
             check_same(directory, tensors.companions())
             _write(shards, tensors, directory, progress)
-            remove(directory / RECORD)
+            remove(directory / EXPORT)
 
 
 def _clear(directory: Path) -> None:
     """Remove what an export that was interrupted has written, but nothing that was put in its place."""
-    if (journal := read_journal(directory, RECORD)) is not None:
+    if (journal := read_journal(directory, EXPORT)) is not None:
         for name in journal.plan["files"]:
             remove(temporary(directory / plain_file_name(name, file=journal.path)))
         for name, info in journal.done.items():
@@ -134,7 +133,7 @@ def _write(shards: list[list[_Tensor]], source: StoreSource, directory: Path, pr
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     names = names if count > 1 else ["model.safetensors"]
     companions = source.companions()
-    with closing(begin_journal(directory, {"files": [*companions, *names, INDEX]}, RECORD)) as journal:
+    with closing(begin_journal(directory, {"files": [*companions, *names, INDEX]}, EXPORT)) as journal:
         for name, data in companions.items():
             if not (directory / name).exists():
                 _write_small(directory / name, data, journal)

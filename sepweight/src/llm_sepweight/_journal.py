@@ -14,7 +14,17 @@ from llm_sepweight._errors import WeightError
 from llm_sepweight._manifest import FileInfo
 from llm_sepweight._writing import naming, remove, write_bytes
 
-JOURNAL = ".sepweight.journal"
+JOURNAL, EXPORT = ".sepweight.journal", ".sepweight.export"
+UNREADABLE = {
+    JOURNAL: (
+        "the record of an unfinished split cannot be read",
+        "If that split was in place, the directory holds the only copy of parts. If not, remove it and split again.",
+    ),
+    EXPORT: (
+        "the record of an unfinished export cannot be read",
+        "Remove it, and what that export has written, which is in the split model, too; then export again.",
+    ),
+}
 
 
 @dataclass
@@ -69,7 +79,7 @@ def begin_journal(directory: Path, plan: dict[str, Any], name: str = JOURNAL) ->
 
 
 def read_journal(directory: Path, name: str = JOURNAL) -> Journal | None:
-    """That of an unfinished split, if there is one. A last line that was cut short counts for nothing."""
+    """That of an unfinished split, or export, if there is one. A last line that was cut short counts for nothing."""
     path = directory / name
     try:
         data = path.read_bytes()
@@ -81,10 +91,8 @@ def read_journal(directory: Path, name: str = JOURNAL) -> Journal | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError) as error:
-        remedy = (
-            "If that split was in place, the directory holds the only copy of parts. If not, remove it and split again."
-        )
-        raise WeightError("the record of an unfinished split cannot be read", file=path, remedy=remedy) from error
+        problem, remedy = UNREADABLE[name]
+        raise WeightError(problem, file=path, remedy=remedy) from error
     return journal
 
 
