@@ -253,6 +253,17 @@ def test_a_split_goes_on_by_another_version_and_with_other_links_and_modes(
     assert {file: file.stat().st_ino for file in kept} == kept
 
 
+def test_a_split_that_is_stopped_by_another_mode_of_its_source_goes_on_when_it_is_run_again(sharded, tmp_path, layout):
+    def change(done: int, total: int) -> None:
+        for file in sharded.glob("*.safetensors"):
+            file.chmod(0o600)
+
+    with pytest.raises(WeightError, match="source was changed meanwhile"):
+        llm_sepweight.split(sharded, tmp_path / "split", layout=layout, progress=change)
+    llm_sepweight.split(sharded, tmp_path / "split", layout=layout)
+    assert llm_sepweight.verify(tmp_path / "split") == []
+
+
 def test_a_freed_shard_that_is_put_back_for_a_damaged_part_is_taken_though_its_times_are_others(
     forks, sharded, tmp_path, layout
 ):
