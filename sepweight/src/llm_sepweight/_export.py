@@ -47,8 +47,8 @@ def export(
     source: also a checkpoint, with its layout. max_shard_nbytes: of tensors in a file; a larger tensor is alone in one.
     progress: called with (bytes done, bytes in all).
     Raises WeightError where parts are missing, the names are not known, the source is damaged, or the destination holds
-    weights, other small files of the same names, or an unfinished split, fetch or dump, or cannot be written. Interrupted, it begins anew; the index, or the
-    only file, comes last.
+    weights, other small files of the same names, or an unfinished split, fetch or dump, or cannot be written.
+    Interrupted, it begins anew; the index, or the only file, comes last.
     """
     directory = Path(destination)
     with nullcontext(source) if isinstance(source, WeightStore) else open(source, layout) as store:
