@@ -19,6 +19,7 @@ import cgroup  # noqa: E402
 import checkpoint  # noqa: E402
 import peers  # noqa: E402
 import rates  # noqa: E402
+import sampler  # noqa: E402
 
 TINY = checkpoint.SHAPES["tiny"]
 
@@ -179,10 +180,19 @@ def test_bench_of_the_sampler_times_both_beside_the_same_model(tmp_path: Path):
     assert {(result["settings"], result["rows"]) for result in results} == {
         (settings, rows) for settings in ("greedy", "eta 3e-4") for rows in (1, 3)
     }
+    assert len(results) == 2 * len(sampler.SETTINGS)
     for result in results:
         assert len(result["llm_sampler"]) == 2
         assert len(result["transformers"]) == (2 if result["rows"] == 1 else 0)
         assert all(seconds > 0 for seconds in result["llm_sampler"] + result["transformers"])
+
+
+def test_logits_that_are_ready_are_others_in_the_next_step() -> None:
+    ids = torch.randint(500, (2, 5), generator=torch.Generator().manual_seed(0))
+    ready = sampler.Ready(sampler.peaked_model(500), ids)
+    steps = [ready.last_logits(ids.new_zeros(2, length), None, 1) for length in (5, 6, 5)]
+    assert not torch.equal(steps[0], steps[1])
+    assert torch.equal(steps[0], steps[2])
 
 
 @pytest.mark.skipif(not (BENCH.parent / ".git").exists(), reason="the texts come from the repository's history")
