@@ -202,6 +202,22 @@ def test_exact_sums_are_for_candidates_near_the_threshold_and_change_nothing_els
         assert len(exact) <= most
 
 
+@pytest.mark.parametrize("vocabulary", [128_256, 262_144])
+def test_thresholds_in_single_precision_are_nearer_to_the_exact_ones_than_what_is_taken_as_near(
+    vocabulary: int,
+) -> None:
+    """One likely token above many equal ones: there the entropy, and with it eta's threshold, is rounded most."""
+    for step in range(41):
+        values = torch.full((1, vocabulary), 2 - math.log(vocabulary) - step / 10)
+        values[0, 0] = 0.0
+        scores = Scores(values, None, vocabulary)
+        weights = _truncate._weights(scores)
+        exact_total, exact_entropy = _truncate._log_total(scores, weights), _truncate._entropy(weights)
+        log_total, entropy = _truncate._roughly(values, values.amax(-1, keepdim=True))
+        assert abs(float(log_total - exact_total)) < _truncate._NEAR / 2
+        assert abs(float((log_total - entropy()) - (exact_total - exact_entropy))) < _truncate._NEAR / 2
+
+
 def survivors_of(name: str, values: Tensor, setting: list, threshold: float) -> Tensor:
     row = Row(0, [0], 1, end=9, shortest=0, key=0, stops=frozenset(), mirostat_tau=1.0)
     row.mu = -math.log2(threshold)
