@@ -80,6 +80,21 @@ def test_what_is_no_text_is_named_with_its_ids() -> None:
         Detokenizer(lambda ids: None).push(97)  # type: ignore[arg-type,return-value]
 
 
+@pytest.mark.parametrize("call", [2, 3], ids=["at a token", "at the end"])
+def test_what_decode_raises_comes_through_with_a_note_of_the_row(call: int) -> None:
+    calls = []
+
+    def decode(ids: list[int]) -> str:
+        calls.append(ids)
+        if len(calls) == call:
+            raise OSError("disk gone")
+        return from_bytes(ids)
+
+    with pytest.raises(OSError, match="disk gone") as raised:
+        list(stream_text(steps_of([97, 98]), decode))
+    assert vars(raised.value)["__notes__"] == ["raised by decode in row 0"]
+
+
 def test_the_stop_tokens_text_is_left_out() -> None:
     assert "".join(stream_text(steps_of(list(b"ab;"), "stop"), from_bytes)) == "ab"
 

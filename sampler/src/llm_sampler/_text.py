@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from ._note import noted
 from ._step import Step
 
 _WINDOW = 32  # tokens that are decoded again with each new one, at most; bounds the cost of a token
@@ -42,13 +43,17 @@ def _pieces(steps: Iterable[Step], decode: Callable[[list[int]], str] | None, ro
         elif text is None:
             raise ValueError("the steps hold no text; give decode to stream_text, or to sample")
         else:
-            piece = "" if step.finished[index] == "stop" else text.push(step.tokens[index])
+            with noted("decode", f"row {row}"):
+                piece = "" if step.finished[index] == "stop" else text.push(step.tokens[index])
         if piece:
             yield piece
         if step.finished[index] is not None:
             break
-    if text is not None and (rest := text.flush()):
-        yield rest
+    if text is not None:
+        with noted("decode", f"row {row}"):
+            rest = text.flush()
+        if rest:
+            yield rest
 
 
 def check_decode(decode: object) -> None:
