@@ -49,8 +49,11 @@ def test_numpys_arrays_and_scalars_are_taken_as_lists_and_numbers_are() -> None:
     assert generate(causal, ragged, max_new_tokens=2, seed=1) == generate(
         causal, [[1, 2], [3]], max_new_tokens=2, seed=1
     )
+    even = generate(causal, [[1, 2], [3, 4]], max_new_tokens=2, seed=1)
+    assert generate(causal, np.array([[1, 2], [3, 4]], dtype=object), max_new_tokens=2, seed=1) == even
     flat = generate(causal, [1, 2], max_new_tokens=2, seed=1)
-    for ids in (np.array([1, 2]), [np.int64(1), np.int64(2)], np.array([1, 2], dtype=np.int16)):
+    whole = np.array([1, 2], dtype=object)
+    for ids in (np.array([1, 2]), [np.int64(1), np.int64(2)], np.array([1, 2], dtype=np.int16), whole, [whole]):
         assert generate(causal, ids, max_new_tokens=2, seed=1) == flat
     with pytest.raises(ValueError, match="row 0 holds torch.float64 values"):
         generate(causal, np.array([[1.0]]), max_new_tokens=1)

@@ -190,7 +190,8 @@ def _tensor(values: Any, name: str) -> Tensor:
     try:
         if hasattr(values, "__array__"):
             array = values.__array__()
-            values = array.astype(array.dtype.newbyteorder("="), order="C")
+            whole = array.dtype != object
+            values = array.astype(array.dtype.newbyteorder("="), order="C") if whole else array.tolist()
         return torch.tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} is not a sequence of integers: {error}") from None
