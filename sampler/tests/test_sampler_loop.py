@@ -7,6 +7,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import llm_sampler
-from llm_sampler import generate, sample
+from llm_sampler import DraftModel, PromptLookup, generate, sample
 
 VOCABULARY = 17
 
@@ -292,6 +293,42 @@ def test_gradients_stay_enabled_between_steps_and_are_off_in_the_forward() -> No
     for _ in sample(forward, [[1]], max_new_tokens=2):
         assert torch.is_grad_enabled()
     assert inside == [False, False]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.8, "top_p": 0.9},
+        {"repetition_penalty": 1.3, "frequency_penalty": 0.5},
+        {"dry_multiplier": 0.8, "no_repeat_ngram_size": 2},
+        {"logit_bias": {1: 1.0}, "vocab_size": 5, "top_logprobs": 2},
+        {"processors": lambda row: lambda ids, scores: scores, "vocab_size": 5},
+        {"drafter": PromptLookup(2, min_match=1)},
+        {"drafter": DraftModel(Causal(), tokens=2), "speculation": "rejection"},
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)
+def test_inference_mode_may_begin_and_end_between_steps(options: dict[str, Any]) -> None:
+    want = generate(Causal(), [[1, 2], [3]], max_new_tokens=9, seed=0, **options)
+    for begins, ends in ((0, 1), (1, 3), (2, 40)):
+        steps = sample(Causal(), [[1, 2], [3]], max_new_tokens=9, seed=0, **options)
+        tokens: list[list[int]] = [[], []]
+        for index in range(40):
+            with torch.inference_mode(begins <= index < ends):
+                step = next(steps, None)
+            if step is None:
+                break
+            for row, token in zip(step.rows, step.tokens, strict=True):
+                tokens[row].append(token)
+        assert [tuple(row) for row in tokens] == [row.tokens for row in want]
+
+
+def test_what_was_prepared_in_inference_mode_is_sampled_outside_of_it() -> None:
+    with torch.inference_mode():
+        steps = sample(Causal(), [[1, 2, 3], [4]], max_new_tokens=2, seed=0)
+        steps.cancel(0)  # the other's tokens have place beside its prompt
+    assert [step.rows for step in steps] == [(1,), (1,)]
 
 
 def test_what_the_forward_raises_comes_through_as_it_is_with_a_note_of_the_step() -> None:

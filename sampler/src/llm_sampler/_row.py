@@ -107,14 +107,16 @@ class Table:
         self.rows = rows
         self.pad_id = pad_id
         self.device = device
-        prompts = [torch.tensor(row.ids) for row in rows]
-        self._ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=pad_id).to(device)
+        with torch.inference_mode(False):  # else they may not be written to when that mode has ended
+            prompts = [torch.tensor(row.ids) for row in rows]
+            self._ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=pad_id).to(device)
 
     def append(self, rows: Sequence[Row]) -> None:
         """Write the last id of each of `rows`, which has just gained it."""
         width = max(len(row.ids) for row in rows)
         if width > self._ids.shape[1]:
-            grown = self._ids.new_full((len(self._ids), width + width // 2 + 16), self.pad_id)
+            with torch.inference_mode(False):
+                grown = self._ids.new_full((len(self._ids), width + width // 2 + 16), self.pad_id)
             grown[:, : self._ids.shape[1]] = self._ids
             self._ids = grown
         if len(rows) == 1:

@@ -167,7 +167,8 @@ class Sampler:
         if self._memory is None or self._memory[0].shape != values.shape or self._memory[0].device != values.device:
             rows, vocabulary = values.shape
             if self._pages is None or self._pages.shape[1] < rows or self._pages.device != values.device:
-                self._pages = values.new_empty(2, rows, vocabulary)
+                with torch.inference_mode(False):  # as Table's ids
+                    self._pages = values.new_empty(2, rows, vocabulary)
             work, spare = self._pages[:, :rows]
             self._memory = work, spare if self._wide else spare[:, : self.vocab_size]
         return self._memory
