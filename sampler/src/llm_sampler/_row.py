@@ -25,8 +25,8 @@ class Row:
 
     index: its place in input_ids. ids: the prompt (the first `prompt` of them) and what was generated. end: the length
     at which it finishes. shortest: tokens that it must generate before a stop id or a stop string may end it, as `end`
-    and a processor that is complete still may. key: of its stream of random numbers. processors: its own instances of foreign ones. text: where stop strings or text are asked
-    for. mu: what mirostat's two settings have moved.
+    and a processor that is complete still may. key: of its stream of random numbers. processors: its own instances of
+    foreign ones. text: where stop strings or text are asked for. mu: what mirostat's two settings have moved.
     """
 
     index: int

@@ -18,8 +18,8 @@ class Scores:
     """values [B, K] float32, -inf where masked; ids [B, K] in rising order, or None where K is the vocabulary;
     `vocabulary` where a column is no candidate.
 
-    Its fields are set once; not frozen, which takes as long as a stage. owned: nobody else has the values, so they may be written to. peaks: what `peaks_of` gives for the values. spare:
-    memory for a copy of them.
+    Its fields are set once; not frozen, which takes as long as a stage. owned: nobody else has the values, so they may be
+    written to. peaks: what `peaks_of` gives for the values. spare: memory for a copy of them.
     """
 
     values: Tensor

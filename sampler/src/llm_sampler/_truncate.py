@@ -120,10 +120,9 @@ def typical_p(p: list, *, device: torch.device):
 
     def apply(scores: Scores, history: History) -> Scores:
         weights = _weights(scores)
+        # |-log p - H|, inf if masked
         distance = (scores.values.double() - _log_total(scores, weights)).add_(_entropy(weights)).abs_()
-        return scores.masked(
-            _smallest_set(-distance, weights, _share_of(weights, share))
-        )  # |-log p - H|, inf if masked
+        return scores.masked(_smallest_set(-distance, weights, _share_of(weights, share)))
 
     return apply
 
@@ -160,9 +159,8 @@ def xtc(probability: list, threshold: list, *, device: torch.device):
         reach = weights >= _share_of(weights, limit)
         least = scores.values.masked_fill(~reach, torch.inf).amin(-1, keepdim=True)
         places = torch.arange(reach.shape[-1], device=device)
-        last = places.masked_fill(~(reach & (scores.values == least)), -1).amax(
-            -1, keepdim=True
-        )  # the higher id of equals
+        # the higher id of equals
+        last = places.masked_fill(~(reach & (scores.values == least)), -1).amax(-1, keepdim=True)
         drop = reach & (places != last) & torch.tensor(happens, device=device).unsqueeze(-1)
         return scores.masked(~drop)
 
