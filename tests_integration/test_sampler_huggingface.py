@@ -294,6 +294,16 @@ def test_a_model_whose_layers_are_no_attention_cannot_see_a_tree_without_a_cache
         )
 
 
+def test_a_model_that_cannot_see_a_tree_refuses_a_drafter_that_branches_at_the_call() -> None:
+    forward = llm_sampler.from_huggingface(built(CONFIGS["bloom, alibi from the mask"]))
+    options: dict[str, Any] = {"max_new_tokens": 2, "seed": 0}
+    with pytest.raises(ValueError, match="takes no position_ids, .* draft without branches"):
+        llm_sampler.sample(forward, [ids(5)], drafter=llm_sampler.PromptLookup(branches=2), **options)
+    [plain] = llm_sampler.generate(forward, [ids(5)], **options)
+    [drafted] = llm_sampler.generate(forward, [ids(5)], drafter=llm_sampler.PromptLookup(), **options)
+    assert drafted.tokens == plain.tokens
+
+
 @pytest.mark.parametrize("name", ["mistral, windowed", "llama4, chunked and full", "gpt neo, windowed from layer 1"])
 @torch.no_grad()
 def test_a_tree_within_the_window_is_exact(name: str) -> None:

@@ -104,6 +104,8 @@ def drafter_of(given: Any, forward: Forward) -> Drafter:
     if hasattr(given, "drafts"):
         if given.branching:
             forward.checker_of_trees("drafter")
+            if forward.check_trees is not None:
+                forward.check_trees()
         return given
     if not callable(given):
         raise TypeError(

@@ -27,6 +27,7 @@ class Forward:
         self.forward_func = forward_func
         self.last_logits = getattr(forward_func, "last_logits", None)
         self.tree_logits = getattr(forward_func, "tree_logits", None)
+        self.check_trees = getattr(forward_func, "check_trees", None)
         self.vocab_size: int | None = plain(getattr(forward_func, "vocab_size", None))  # what it says; ids are below it
         if not (type(self.vocab_size) is int and self.vocab_size >= 1) and self.vocab_size is not None:
             raise ValueError(f"forward_func.vocab_size is {self.vocab_size!r}; it must be an integer >= 1, or None")

@@ -98,12 +98,25 @@ class HuggingFaceForward:
         """Logits [B, N, V] of drafts that branch: node i of row b is at `parents[b, 0] + 1 + i` in its ids, and follows
         the token at `parents[b, i]`; node 0 is the last of a plain sequence. For models with rotary or learned positions.
         """
-        self._check_trees(parents.shape[1] + int(parents[:, 0].max()) + 1)
+        self.check_trees()
+        self._check_window(parents.shape[1] + int(parents[:, 0].max()) + 1)
         table, nodes = parents.tolist(), parents.shape[1]
         rows = [row[: own[0] + 1 + nodes] for row, own in zip(input_ids.tolist(), table, strict=True)]
         self._check(rows, nodes, spare=nodes - 1)  # nodes beside each other take no more positions
         with self._lock:
             return self._pass(rows, nodes, table)
+
+    def check_trees(self) -> None:
+        """ValueError for a model that cannot see drafts that branch, however short its rows are."""
+        name = type(self.model).__name__
+        if "position_ids" not in self._takes or getattr(_text_config(self.model), "alibi", False):
+            raise ValueError(
+                f"{name} takes no position_ids, so it cannot see drafts that branch: draft without branches"
+            )
+        if kinds := _other_layers(self.model):
+            raise ValueError(
+                f"{name} has layers of {kinds}, which cannot see drafts that branch: draft without branches"
+            )
 
     def clear(self) -> None:
         """Let go of all keys and values."""
@@ -152,12 +165,8 @@ class HuggingFaceForward:
                 self._kept.remember(Block(cache, rows, width))
         return logits
 
-    def _check_trees(self, length: int) -> None:
-        config, name = _text_config(self.model), type(self.model).__name__
-        if "position_ids" not in self._takes or getattr(config, "alibi", False):
-            raise ValueError(f"{name} takes no position_ids, so it cannot see drafts that branch")
-        if kinds := _other_layers(self.model):
-            raise ValueError(f"{name} has layers of {kinds}, which cannot see drafts that branch")
+    def _check_window(self, length: int) -> None:
+        config = _text_config(self.model)
         windows = {window: getattr(config, window, None) for window in _WINDOWS}
         if not getattr(config, "use_sliding_window", True):
             del windows["sliding_window"]
