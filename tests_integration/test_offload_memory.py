@@ -39,6 +39,45 @@ def test_the_plan_counts_what_a_decoder_keeps_of_its_encoder():
     assert _kinds.cache_nbytes(model, 2, 40, torch.float32) == nbytes
 
 
+def test_a_short_convolution_keeps_no_more_than_is_counted_for_its_layer():
+    config = hf.Lfm2Config(**LLAMA, layer_types=["conv", "full_attention"] * 2)
+    assert 0 < kept_nbytes(config) <= counted_nbytes(config)
+
+
+def kept_nbytes(config) -> int:
+    """Of all tensors in the cache, after two rows of 40 tokens."""
+    model: Any = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        kept = model(torch.ones(2, 40, dtype=torch.long), use_cache=True).past_key_values
+    return sum(map(nbytes_in, map(vars, kept.layers)))
+
+
+def nbytes_in(held: Any) -> int:
+    if isinstance(held, dict):
+        return sum(map(nbytes_in, held.values()))
+    return held.nbytes if isinstance(held, torch.Tensor) else 0
+
+
+def counted_nbytes(config) -> int:
+    with torch.device("meta"):
+        return _kinds.cache_nbytes(AutoModelForCausalLM.from_config(config), 2, 40, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (hf.Qwen3NextConfig(**LLAMA, num_experts=4), "Qwen3NextForCausalLM has layers of type linear_attention"),
+        (hf.Mamba2Config(num_hidden_layers=2), "Mamba2ForCausalLM has layers of type linear_attention"),
+        (hf.MiniMaxConfig(**LLAMA), "MiniMaxForCausalLM has layers of type linear_attention"),
+        (hf.RwkvConfig(num_hidden_layers=2), "RwkvForCausalLM has recurrent layers"),
+    ],
+    ids=["qwen3 next", "mamba2", "minimax", "rwkv"],
+)
+def test_recurrent_layers_are_refused_where_nobody_counts_their_states(config, named):
+    with pytest.raises(ValueError, match=rf"{named}, which keep something else.*not counted. Give cache="):
+        counted_nbytes(config)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)

@@ -700,6 +700,18 @@ def test_more_tokens_than_planned_are_refused(case):
         run.module(IDS)
 
 
+def test_layers_that_keep_something_else_than_keys_and_values_need_the_bytes_of_it(case):
+    class Recurrent(Model):
+        _is_stateful = True  # as transformers marks them
+
+    case.kind = Recurrent
+    with pytest.raises(ValueError, match=r"Recurrent has recurrent layers.*not counted. Give cache="):
+        case.offload()
+    with case.offload(cache="1MiB") as run:
+        assert run.plan.caches == 1 << 20
+        torch.testing.assert_close(run.module(IDS), case.resident(IDS), atol=2e-5, rtol=0)
+
+
 def test_a_module_is_offloaded_once_at_a_time(case):
     module = on_meta()
     with case.offload(module=module), pytest.raises(ValueError, match="offloaded already"):

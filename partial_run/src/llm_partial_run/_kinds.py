@@ -18,6 +18,10 @@ SMALL = 1 << 20  # bytes: a tensor of a block that is no larger always stays, as
 CONV1D = "transformers.pytorch_utils.Conv1D"  # GPT-2's: x @ weight + bias; a slice of it gives no outputs, only sums
 FALCON = "transformers.models.falcon.modeling_falcon.FalconLinear"  # x @ weight.T, and then + bias
 
+KEYS_AND_VALUES = {  # what transformers calls the layers that keep these, or less; a short convolution does
+    "full_attention", "sliding_attention", "chunked_attention", "indexed_attention", "conv",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Survey:
@@ -158,8 +162,9 @@ def _own_dtypes(module: nn.Module, dtype: torch.dtype) -> Callable[[str, torch.T
 def cache_nbytes(module: nn.Module, rows: int, context: int, dtype: torch.dtype) -> int:
     """Keys and values that a transformers model keeps, by its config; 0 where the module has none.
 
-    A hybrid cache is smaller, so this is then more than it takes.
+    Layers with a window, or a short convolution, keep less than that. Raises ValueError where some keep something else.
     """
+    _refuse_other_states(module)
     latent = any(hasattr(child, "expand_kv") for child in module.modules())  # transformers' from 5.x on
 
     def kept(config: Any) -> int:
@@ -169,6 +174,19 @@ def cache_nbytes(module: nn.Module, rows: int, context: int, dtype: torch.dtype)
     # A decoder keeps as much again of its encoder, which is counted with as many tokens.
     crossed = 2 if getattr(getattr(module, "config", None), "is_encoder_decoder", False) else 1
     return crossed * sum(map(kept, _layers(module))) * rows * context * dtype.itemsize
+
+
+def _refuse_other_states(module: nn.Module) -> None:
+    """A recurrent layer has a state for each row, and its scan a work of many times the width of a token, both in fp32."""
+    others = sorted({*(getattr(_text_config(module), "layer_types", None) or ())} - KEYS_AND_VALUES)
+    stateful = next((child for child in module.modules() if getattr(child, "_is_stateful", False)), None)
+    if others or stateful is not None:
+        kinds = f"layers of type {', '.join(others)}" if others else "recurrent layers"
+        raise ValueError(
+            f"{type(module if stateful is None else stateful).__name__} has {kinds}, which keep something else than keys "
+            "and values: their state and the work of their scan are not counted. Give cache= the bytes of all that the "
+            "model keeps for rows= and context=, and of what one such layer allocates for tokens= tokens, most of it in fp32"
+        )
 
 
 def copied_nbytes(module: nn.Module, rows: int, context: int, dtype: torch.dtype) -> int:

@@ -69,7 +69,8 @@ def offload(
     :param whole_blocks: bind every matrix of a block before it runs, for blocks that compute with them in ways of their
         own. Costs the memory of a block.
     :param dtype: to compute in. Default: the one stored.
-    :param cache: bytes to count for keys and values. Default: by the module's config, where it has one.
+    :param cache: bytes to count for keys and values. Default: by the module's config, where it has one. Needed for
+        recurrent layers, whose states and scans it has to hold as well.
     :param buffers: values of buffers that are on meta, in no checkpoint, and not computed by their own module.
     :param device, device_memory, runtime, progress: as for `PartialRun`.
     :raises BudgetError: before anything is loaded, where `memory` is too small.
