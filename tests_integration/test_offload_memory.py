@@ -14,7 +14,7 @@ import transformers as hf
 from transformers import AutoModelForCausalLM
 
 from llm_partial_run import _kinds, _units
-from offloading import CONFIGS, LLAMA, T5, offloaded, on_meta, resident, save
+from offloading import CONFIGS, LATENT, LLAMA, ROUTED, T5, offloaded, on_meta, resident, save
 
 pytestmark = pytest.mark.usefixtures("small_slices")
 
@@ -42,6 +42,12 @@ def test_the_plan_counts_what_a_decoder_keeps_of_its_encoder():
 def test_a_short_convolution_keeps_no_more_than_is_counted_for_its_layer():
     config = hf.Lfm2Config(**LLAMA, layer_types=["conv", "full_attention"] * 2)
     assert 0 < kept_nbytes(config) <= counted_nbytes(config)
+
+
+@pytest.mark.parametrize("kind", [hf.DeepseekV32Config, hf.GlmMoeDsaConfig])
+def test_the_plan_counts_the_keys_of_an_indexer(kind):
+    config = kind(**ROUTED | LATENT | dict[str, Any](index_head_dim=12, index_n_heads=4, index_topk=8))
+    assert kept_nbytes(config) == counted_nbytes(config)
 
 
 def kept_nbytes(config) -> int:

@@ -169,7 +169,10 @@ def cache_nbytes(module: nn.Module, rows: int, context: int, dtype: torch.dtype)
 
     def kept(config: Any) -> int:
         _, key_heads, key, value = _heads(config)
-        return config.kv_lora_rank + config.qk_rope_head_dim if latent else key_heads * (key + value)
+        if latent:
+            indexed = getattr(config, "index_head_dim", None) or 0  # a key more, by which an indexer chooses tokens
+            return config.kv_lora_rank + config.qk_rope_head_dim + indexed
+        return key_heads * (key + value)
 
     # A decoder keeps as much again of its encoder, which is counted with as many tokens.
     crossed = 2 if getattr(getattr(module, "config", None), "is_encoder_decoder", False) else 1
