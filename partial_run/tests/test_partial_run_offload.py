@@ -365,6 +365,20 @@ def test_closing_waits_for_a_pass_in_another_thread_which_ends_with_an_error(cas
     run.close()
 
 
+def test_closing_within_a_pass_is_refused_and_harms_nothing(case):
+    run = case.offload(case.smallest())
+    expected = run.module(IDS)
+    handle = run.module.blocks[5].norm.register_forward_hook(lambda *_: run.close())
+    with pytest.raises(
+        RuntimeError, match="a pass of this Model is running in this very thread: close it after the pass"
+    ):
+        run.module(IDS)
+    handle.remove()
+    assert torch.equal(run.module(IDS), expected)
+    run.close()
+    assert all(type(parameter) is nn.Parameter for parameter in run.module.parameters())
+
+
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_an_interrupted_pass_hinders_no_other_thread(case, by_hand):
     def interrupt(*_: object) -> None:

@@ -145,12 +145,16 @@ class Offload:
     def close(self) -> None:
         """Give the module its own state back, end the threads, drop the weights. A second time it does nothing.
 
-        A pass in another thread ends first, with an error where it needs more weights.
+        A pass in another thread ends first, with an error where it needs more weights. Raises RuntimeError within a pass.
         """
+        if self._thread is threading.current_thread():
+            raise RuntimeError(
+                f"a pass of this {type(self.module).__name__} is running in this very thread: close it after the pass"
+            )
         self._closed = True
         self._weights.stop()
         with self._turn:
-            self._turn.wait_for(lambda: self._thread in (None, threading.current_thread()))
+            self._turn.wait_for(lambda: self._thread is None)
         self._opened.close()
 
     def __enter__(self) -> Offload:
