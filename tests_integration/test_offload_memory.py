@@ -100,6 +100,17 @@ def test_the_plan_counts_what_is_allocated_when_a_long_prompt_comes_in_chunks(na
     assert allocated <= run.plan.caches + run.plan.activations
 
 
+def test_the_plan_counts_what_many_heads_expand_of_a_long_context(tmp_path):
+    many = dict[str, Any](
+        num_attention_heads=32, num_key_value_heads=32, num_hidden_layers=2, max_position_embeddings=256
+    )
+    path = save(hf.MiniCPM3Config(**LLAMA | LATENT | many), tmp_path, torch.bfloat16)
+    model, prompts = on_meta(path), torch.ones(2, 256, dtype=torch.long)
+    with offloaded(path, model, context=256, tokens=8) as run:
+        allocated = peak_of_allocations(lambda: chunk_by_chunk(model, prompts, torch.ones_like(prompts), step=4))
+    assert allocated <= run.plan.caches + run.plan.activations
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("how", [dict(do_sample=False), dict(do_sample=True, top_p=0.9)], ids=["greedy", "top_p"])
 def test_the_plan_counts_what_generate_holds_of_a_large_vocabulary(how, dtype, tmp_path, monkeypatch):
@@ -112,11 +123,11 @@ def test_the_plan_counts_what_generate_holds_of_a_large_vocabulary(how, dtype, t
     assert allocated <= run.plan.used - run.plan.kept - run.plan.resident
 
 
-def chunk_by_chunk(model, prompts, mask):
+def chunk_by_chunk(model, prompts, mask, step=32):
     kept: Any = hf.DynamicCache(config=model.config)
     with torch.no_grad():
-        for end in range(32, prompts.shape[1] + 1, 32):
-            model(prompts[:, end - 32 : end], attention_mask=mask[:, :end], past_key_values=kept, use_cache=True)
+        for end in range(step, prompts.shape[1] + 1, step):
+            model(prompts[:, end - step : end], attention_mask=mask[:, :end], past_key_values=kept, use_cache=True)
 
 
 def peak_of_allocations(work) -> int:
