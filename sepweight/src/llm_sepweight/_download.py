@@ -160,7 +160,7 @@ class _Record:
             remove(temporary(self.path.with_name(name)))
         if lines := [self._line(name, of) for name, of in self._lines if name not in complete]:
             write_bytes(self.path, b"".join(lines))
-        else:
+        elif self.path.exists():
             remove(self.path)
 
     def _line(self, name: str, of: str) -> bytes:
