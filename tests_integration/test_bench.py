@@ -180,7 +180,6 @@ def test_bench_of_the_sampler_times_both_beside_the_same_model(tmp_path: Path):
     assert {(result["settings"], result["rows"]) for result in results} == {
         (settings, rows) for settings in ("greedy", "eta 3e-4") for rows in (1, 3)
     }
-    assert len(results) == 2 * len(sampler.SETTINGS)
     for result in results:
         assert len(result["llm_sampler"]) == 2
         assert len(result["transformers"]) == (2 if result["rows"] == 1 else 0)
