@@ -666,6 +666,34 @@ def test_a_module_that_does_not_fit_the_weights_is_named(case):
         case.offload()
 
 
+def test_a_number_without_a_dimension_is_refused_and_served_with_one():
+    class Shifted(Block):
+        def __init__(self, *shape: int) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.empty(shape))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.shift
+
+    class WithShift(Model):
+        def __init__(self, *shape: int) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Shifted(*shape) for _ in range(LAYERS))
+
+    resident = WithShift().eval()
+    for parameter in resident.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    weights = weights_of(resident)
+    with pytest.raises(ValueError, match=r"mid.00000: shift is a single number.*shape \[1\].*load\(part\)"):
+        offload(on_meta(WithShift), weights.__getitem__, memory="1GiB", runtime=0)
+
+    def load(part: str) -> dict[str, Tensor]:
+        return {name: tensor.reshape(tensor.shape or (1,)) for name, tensor in weights[part].items()}
+
+    with torch.no_grad(), offload(on_meta(lambda: WithShift(1)), load, memory="1GiB", runtime=0) as run:
+        torch.testing.assert_close(run.module(IDS), resident(IDS), atol=2e-5, rtol=0)
+
+
 def test_a_module_without_blocks_is_refused_with_the_remedy():
     with pytest.raises(ValueError, match=r"Linear has no sequence of blocks.*give blocks="):
         layout_from_module(nn.Linear(2, 2))

@@ -292,7 +292,10 @@ def _check(key: str, tensor: torch.Tensor, part: str, name: str, parts: Mapping[
             "Do module and checkpoint belong together?"
         )
     if not info.shape:
-        raise ValueError(f"{part}: {name} is a single number with no dimension, which cannot be read by rows")
+        raise ValueError(
+            f"{part}: {name} is a single number with no dimension, which cannot be read by rows: give the module a tensor "
+            "of shape [1] in its place, and weights= a load(part) that gives it with this shape"
+        )
     if info.dtype.is_floating_point != tensor.dtype.is_floating_point:
         raise ValueError(
             f"{part}: {name} is stored as {info.dtype}, the module computes in floating point: "
