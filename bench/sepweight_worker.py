@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,10 +47,10 @@ def buffer_for(directory: str) -> mmap.mmap:
     return buffer
 
 
-def load_into(directory: str, buffer: mmap.mmap) -> Iterator[Iterable[torch.Tensor]]:
+def load_into(directory: str, buffer: mmap.mmap, **options: Any) -> Iterator[Iterable[torch.Tensor]]:
     import llm_sepweight
 
-    with llm_sepweight.open(directory) as weights:
+    with llm_sepweight.open(directory, **options) as weights:
         for part in weights.parts:
             yield weights.load(part, into=buffer).values()
 
@@ -84,6 +85,7 @@ MODULES = {  # imported before the clock starts
     "split": ("llm_sepweight", "llm_llama_model"),
     "verify": ("llm_sepweight",),
     "load(part, into=)": ("llm_sepweight",),
+    "load, verify=lazy": ("llm_sepweight",),
     "safetensors load_file": ("safetensors.torch",),
     "safetensors safe_open": ("safetensors.torch",),
     "runai-model-streamer": ("runai_model_streamer",),
@@ -104,11 +106,15 @@ def _touched(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-READY = {"load(part, into=)": buffer_for}  # what it works with, made before the clock starts
+READY = {
+    "load(part, into=)": buffer_for,
+    "load, verify=lazy": buffer_for,
+}  # what it works with, made before the clock starts
 WORK: dict[str, Callable[..., int]] = {
     "split": split,
     "verify": verify,
     "load(part, into=)": partial(read, load_into),
+    "load, verify=lazy": partial(read, partial(load_into, verify="lazy")),
     "safetensors load_file": partial(read, load_file),
     "safetensors safe_open": partial(read, safe_open),
     "runai-model-streamer": partial(read, runai),
