@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import linecache
 import random
+import sys
 import threading
 import time
 
@@ -11,6 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_partial_run import _experts, _stream
+from llm_partial_run._experts import Experts
 from llm_partial_run._prefixes import Prefixes
 from llm_partial_run._stream import Stream
 from llm_partial_run._units import Unit
@@ -95,6 +100,89 @@ def test_a_pass_leaves_out_what_is_not_wanted_of_it_and_the_next_has_all(slots):
                 stream.release()
     stream.close()
     assert slots > 7 or len(seen) < 60 * 7  # less than whole passes
+
+
+def interrupted(at, function):
+    """Whether Ctrl-C came at that step, of the steps that `function` takes in the stream, its experts and their locks."""
+    steps, files = itertools.count(), {_stream.__file__, _experts.__file__, threading.__file__}
+
+    def step(frame, event, _):
+        here = frame.f_code.co_filename in files and event in ("line", "return")
+        leaving = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip().startswith("with ")  # in one step
+        if here and not leaving and next(steps) == at:
+            raise KeyboardInterrupt
+        return step
+
+    before = sys.gettrace()
+    sys.settrace(step)
+    try:
+        function()
+    except KeyboardInterrupt:
+        return True
+    except RuntimeError as error:  # it came while a condition had given up the lock
+        if "un-acquired lock" not in str(error):
+            raise
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def ends_soon(function):
+    """Run it in this thread's place: another may wait for ever, and is given up."""
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    thread.join(timeout=10)
+    return not thread.is_alive()
+
+
+def test_an_interrupt_at_any_step_of_a_pass_hangs_neither_the_next_one_nor_closing():
+    stream, got = stream_of(fill), []
+
+    def one_pass(unwanted=frozenset()):
+        got.clear()
+        left_out = stream.rewind(unwanted)
+        for unit in UNITS:
+            if unit not in left_out:
+                got.append(stream.take(unit)[0].item())
+                stream.release()
+
+    for at in itertools.count():
+        if not interrupted(at, lambda at=at: one_pass(frozenset(UNITS[5:] if at % 2 else ()))):
+            break
+        assert ends_soon(one_pass), at
+        assert got == [unit.start for unit in UNITS]
+    assert at > 100
+    assert ends_soon(stream.close)
+
+
+def test_an_interrupt_at_any_step_of_routed_experts_hangs_neither_the_next_pass_nor_closing():
+    units = [Unit(f"mid.00000/experts.{i:05d}", name, 0, 1, 8, 8) for i in range(5) for name in ("up", "down")]
+    experts, got = Experts([torch.zeros(8) for _ in range(6)], fill_expert, threads=2), []
+
+    def one_pass(chosen):
+        got.clear()
+        experts.rewind()
+        announced = [unit for unit in units if units.index(unit) // 2 in chosen]
+        experts.announce("mid.00000", announced)
+        for unit in announced:
+            got.append(experts.take(unit)[0].item())
+            experts.release(unit)
+
+    dice = random.Random(0)
+    for at in itertools.count():
+        chosen = dice.sample(range(5), 4)
+        if not interrupted(at, lambda chosen=chosen: one_pass(chosen)):
+            break
+        chosen = sorted(dice.sample(range(5), 4))
+        assert ends_soon(lambda chosen=chosen: one_pass(chosen)), at
+        assert got == [i for i in chosen for _ in range(2)]
+    assert at > 100
+    assert ends_soon(experts.close)
+
+
+def fill_expert(unit, slot):
+    return slot.fill_(int(unit.part[-5:]))
 
 
 def test_the_wrong_unit_is_refused():

@@ -40,7 +40,8 @@ class Experts:
         self._score: dict[str, float] = {}  # expert -> log of its uses, each FADING ** -(announcements before it)
         self._idle: list[tuple[float, Unit]] = []  # heap by score; entries of the past are passed over
         self._reading = 0
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # entered itself, as a stream's
+        self._changed = threading.Condition(self._lock)
         self._closed = False
         self._threads = [
             threading.Thread(target=self._work, name=f"llm_partial_run expert reader {i}", daemon=True)
@@ -51,7 +52,7 @@ class Experts:
 
     def announce(self, layer: str, units: Sequence[Unit]) -> None:
         """These slices of a layer's experts will be taken and released, one after the other."""
-        with self._changed:
+        with self._lock:
             now = -self._times[layer] * math.log(FADING)
             self._times[layer] += 1
             for expert in {unit.part for unit in units}:
@@ -65,7 +66,7 @@ class Experts:
     def take(self, unit: Unit) -> Tensor:
         """The tensor of an announced slice; waits until it is there."""
         start = time.perf_counter()
-        with self._changed:
+        with self._lock:
             if unit not in self._announced:
                 raise RuntimeError(
                     f"{unit} was called and not announced: a layer announces its experts, then calls each of them once"
@@ -86,24 +87,30 @@ class Experts:
 
     def release(self, unit: Unit) -> None:
         """The slice is used; it stays until its slot is wanted for another."""
-        with self._changed:
-            del self._announced[unit]
+        with self._lock:
             heappush(self._idle, self._entry(unit))
+            del self._announced[unit]
             if len(self._idle) > 4 * len(self._slots):
                 self._idle = [self._entry(unit) for unit in self._ready if unit not in self._announced]
                 heapify(self._idle)
             self._changed.notify_all()
 
     def rewind(self) -> None:
-        """Forget what was announced, where a pass was left in the middle."""
-        with self._changed:
+        """Forget what was announced, where a pass was left in the middle; after an interrupt in any of the steps here."""
+        with self._lock:
             self._missing.clear()
             self._changed.wait_for(lambda: not self._reading)
-            self._leave()
+            self._announced.clear()
+            for unit, result in list(self._ready.items()):
+                if isinstance(result, BaseException) or unit not in self._slot_of:
+                    del self._ready[unit]
+            self._slot_of = {unit: slot for unit, slot in self._slot_of.items() if unit in self._ready}
+            self._free = sorted({*range(len(self._slots))} - {*self._slot_of.values()})
+            self._idle = sorted(self._entry(unit) for unit in self._ready)
 
     def stop(self) -> None:
         """Read no more; whoever waits for a slice gets an error."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify_all()
 
@@ -117,7 +124,7 @@ class Experts:
 
     def _work(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 self._changed.wait_for(lambda: self._closed or (self._missing and self._make_room()))
                 if self._closed:
                     return
@@ -128,7 +135,7 @@ class Experts:
                 result = self._fill(unit, self._slots[slot])
             except BaseException as error:  # raised where the slice is taken
                 result = error
-            with self._changed:
+            with self._lock:
                 self._ready[unit] = result
                 self._reading -= 1
                 self.bytes_read += unit.nbytes
@@ -176,5 +183,7 @@ class Experts:
         return self._score[unit.part], unit
 
     def _forget(self, unit: Unit) -> None:
-        self._free.append(self._slot_of.pop(unit))
+        slot = self._slot_of[unit]
         del self._ready[unit]
+        del self._slot_of[unit]
+        self._free.append(slot)

@@ -125,7 +125,8 @@ class Offload:
         survey = survey_blocks(module, found, store, dtype=dtype, context=context, whole_blocks=whole_blocks)
         computed = computed_buffers(module, buffers)
         self.plan = self._decide(store, survey, memory, rows, context, tokens, cache, device_memory, runtime)
-        self._turn = threading.Condition()
+        self._lock = threading.RLock()  # entered itself, as a stream's
+        self._turn = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None  # in which a pass, or a block called by hand, is running
         self._calls = 0  # of the module, those within it, and blocks, that it is in
         self._passing = False
@@ -153,7 +154,7 @@ class Offload:
             )
         self._closed = True
         self._weights.stop()
-        with self._turn:
+        with self._lock:
             self._turn.wait_for(lambda: self._thread is None)
         self._opened.close()
 
@@ -227,7 +228,7 @@ class Offload:
     def _claim(self) -> Iterator[None]:
         """Refuse a second thread: the weights are where one pass is, and the plan counts the keys and values of one call."""
         thread = threading.current_thread()
-        with self._turn:
+        with self._lock:
             if self._closed:
                 raise RuntimeError(
                     f"this {type(self.module).__name__} is offloaded no more: it was closed while it was called"
@@ -242,7 +243,7 @@ class Offload:
         try:
             yield
         finally:
-            with self._turn:
+            with self._lock:
                 self._calls -= 1
                 if not self._calls:
                     self._thread = None

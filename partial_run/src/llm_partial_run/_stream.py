@@ -20,6 +20,9 @@ class Stream:
     is filled again when the unit in it has been released; units are taken and released in order. After the last unit
     of a pass comes the first of the next, so the disk does not wait for what happens between passes. An error in
     `fill` is raised by the `take` that asks for that unit. `source` is the stream that `fill` itself takes from, if any.
+
+    Ctrl-C may raise between any two steps of the thread that takes. So that thread moves one number at a time, all that is
+    claimed and filled is the readers', and `rewind` believes nothing that was left in the middle.
     """
 
     def __init__(
@@ -33,13 +36,18 @@ class Stream:
     ):
         self.waited = 0.0  # seconds that `take` has waited, over all passes
         self._units, self._slots, self._fill, self._source = units, slots, fill, source
-        self._changed = threading.Condition()
+        self._lock = (
+            threading.RLock()
+        )  # entered itself: an interrupt within the condition's own `__enter__` would keep it
+        self._changed = threading.Condition(self._lock)
         self._closed = False
         self._claimed = self._taken = self._released = 0  # units so far, over all passes
+        self._reading = 0
         self._ahead: deque[Unit] = deque()  # to claim in the pass that is being read; the next one follows
-        self._due: deque[Unit] = deque()  # claimed, not yet taken
+        self._due: dict[int, Unit] = {}  # claimed, until the slot is claimed again
+        self._filled: dict[int, Tensor | BaseException] = {}  # the same, once they are there
         self._short_at = -1  # units taken when a pass last began without some of its units
-        self._filled: dict[int, Tensor | BaseException] = {}
+        self._torn = False  # within a rewind that has work to do
         self._in_use: dict[int, Any] = {}  # slot -> an event that has yet to happen before the slot is written again
         self._threads = [
             threading.Thread(target=self._work, name=f"llm_partial_run reader {i}", daemon=True)
@@ -50,7 +58,7 @@ class Stream:
 
     def take(self, unit: Unit) -> Tensor:
         """The tensor of the next unit, which has to be `unit`; waits until it is there."""
-        with self._changed:
+        with self._lock:
             expected = self._next()
         if unit != expected:
             raise RuntimeError(
@@ -58,13 +66,12 @@ class Stream:
                 "in the order in which they are registered"
             )
         start = time.perf_counter()
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: self._closed or self._taken in self._filled)
             self.waited += time.perf_counter() - start
             if self._closed:
                 raise RuntimeError(f"the run was closed while {unit} was being read")
-            result = self._filled.pop(self._taken)
-            self._due.popleft()
+            result = self._filled[self._taken]
             self._taken += 1
         if isinstance(result, BaseException):
             raise result
@@ -72,7 +79,7 @@ class Stream:
 
     def release(self, until: Any = None) -> None:
         """Give back the slot of the oldest unit taken; with `until` (a device event) once that has happened."""
-        with self._changed:
+        with self._lock:
             self._in_use[self._released % len(self._slots)] = until
             self._released += 1
             self._changed.notify_all()
@@ -82,11 +89,13 @@ class Stream:
 
         The pass leaves out those of the unwanted units whose reading has not begun, and returns them.
         """
-        with self._changed:
-            failed = any(isinstance(result, BaseException) for result in self._filled.values())
+        with self._lock:
+            self._changed.notify_all()  # an interrupt may have come before the one of `release`
+            failed = any(isinstance(result, BaseException) for i, result in self._filled.items() if i >= self._taken)
             whole = self._next() == self._units[0] and self._released == self._taken != self._short_at
-            if failed or not whole:
-                self._changed.wait_for(lambda: len(self._filled) == len(self._due))
+            if failed or not whole or self._torn:
+                self._torn = True
+                self._changed.wait_for(lambda: not self._reading)
                 if self._source is not None:
                     self._source.rewind()
                 self._taken = self._released = self._claimed
@@ -94,17 +103,18 @@ class Stream:
                 self._due.clear()
                 self._ahead.clear()
                 self._changed.notify_all()
-            if not unwanted or self._source is not None or len(self._due) >= len(self._units):
+                self._torn = False
+            if not unwanted or self._source is not None or self._claimed - self._taken >= len(self._units):
                 return frozenset()
             ahead = self._ahead or self._units
             left_out = unwanted.intersection(ahead)
-            self._ahead = deque(unit for unit in ahead if unit not in left_out)
             self._short_at = self._taken
+            self._ahead = deque(unit for unit in ahead if unit not in left_out)
             return left_out
 
     def stop(self) -> None:
         """Read no more; whoever waits for a unit gets an error."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify_all()
 
@@ -117,21 +127,23 @@ class Stream:
         self._slots = ()
 
     def _next(self) -> Unit:
-        return (self._due or self._ahead or self._units)[0]
+        return self._due.get(self._taken) or (self._ahead or self._units)[0]
 
     def _work(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 self._changed.wait_for(lambda: self._closed or self._claimed < self._released + len(self._slots))
                 if self._closed:
                     return
                 ticket = self._claimed
                 self._claimed += 1
+                self._reading += 1
                 if not self._ahead:
                     self._ahead.extend(self._units)
-                unit = self._ahead.popleft()
-                self._due.append(unit)
+                self._due[ticket] = unit = self._ahead.popleft()
                 slot = ticket % len(self._slots)
+                for known in (self._due, self._filled):
+                    known.pop(ticket - len(self._slots), None)  # pyright: ignore
                 until = self._in_use.pop(slot, None)
             try:
                 if until is not None:
@@ -139,6 +151,7 @@ class Stream:
                 result = self._fill(unit, self._slots[slot])
             except BaseException as error:  # raised where the unit is taken
                 result = error
-            with self._changed:
+            with self._lock:
                 self._filled[ticket] = result
+                self._reading -= 1
                 self._changed.notify_all()

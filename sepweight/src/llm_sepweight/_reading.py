@@ -48,8 +48,13 @@ class WeightFile:
         self._on_buffered = on_buffered
         self._file: io.FileIO | None = None
         self._closed = False
-        self._readers = 0
-        self._changed = threading.Condition()
+        self._readers: set[int] = (
+            set()
+        )  # threads: one that was interrupted, and is still here, is not waited for by itself
+        self._lock = (
+            threading.RLock()
+        )  # entered itself: an interrupt within the condition's own `__enter__` would keep it
+        self._changed = threading.Condition(self._lock)
 
     def read(self, into: memoryview, offset: int, nbytes: int) -> None:
         """Read `nbytes` bytes from `offset` (a multiple of a page) into page-aligned memory of whole pages.
@@ -75,16 +80,16 @@ class WeightFile:
 
     def rest(self) -> None:
         """Close the file until the next read, unless one is under way."""
-        with self._changed:
-            if self._readers == 0 and self._file is not None:
+        with self._lock:
+            if not self._readers and self._file is not None:
                 self._file.close()
                 self._file = None
 
     def close(self) -> None:
         """Waits for reads that are under way; later ones are refused."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.wait_for(lambda: self._readers == 0)
+            self._changed.wait_for(lambda: self._readers <= {threading.get_ident()})
             if self._file is not None:
                 self._file.close()
                 self._file = None
@@ -92,18 +97,18 @@ class WeightFile:
     @contextmanager
     def _in_use(self) -> Iterator[int]:
         """The file's descriptor, which stays open within."""
-        with self._changed:
+        with self._lock:
             if self._closed:
                 raise WeightError("this store is closed", file=self.path, remedy="Open it again.")
             if self._file is None:
                 self._file = self._open()
-            self._readers += 1
+            self._readers.add(threading.get_ident())
             descriptor = self._file.fileno()
         try:
             yield descriptor
         finally:
-            with self._changed:
-                self._readers -= 1
+            with self._lock:
+                self._readers.discard(threading.get_ident())
                 self._changed.notify_all()
 
     def _open(self) -> io.FileIO:
