@@ -39,16 +39,6 @@ def test_the_first_uploads_are_read_under_their_own_names(tmp_path: Path, ids: T
     assert_near(expected, theirs(path, ids))
 
 
-def test_bf16_gives_the_bits_of_transformers(tmp_path: Path, ids: Tensor) -> None:
-    path = save(BLOOM["bloom, seven heads"](), tmp_path)
-    ours, expected = Ours(path, dtype=torch.bfloat16), theirs(path, ids, torch.bfloat16)
-    assert torch.equal(ours(ids), expected)
-    ours.new_caches(3, 48)
-    at = [torch.arange(i, i + 12).expand(3, -1) for i in range(0, 48, 12)]
-    chunks = [ours(ids.gather(1, positions), positions) for positions in at]
-    assert torch.equal(torch.cat(chunks, dim=1), expected)
-
-
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_has_the_parameters_that_transformers_gives_the_same_config(name: str) -> None:
     config = BloomConfig(**PRESETS[name])

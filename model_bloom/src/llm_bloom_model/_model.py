@@ -7,6 +7,7 @@ from functools import lru_cache, partial
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._config import Config
@@ -134,9 +135,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, key_positions: Tensor)
     """softmax(q k / sqrt(head_dim) + alibi) v, a row and some heads at a time: views of the cache, and few scores.
 
     q [B, T, heads, head_dim]; k and v [B, S, heads, head_dim]; mask [B or 1, T, S], true where seen; key_positions
-    [B or 1, S]. Scores are rounded to the dtype of q once alibi is added, and softmax is computed in fp32.
+    [B or 1, S]. alibi is rounded to the dtype of q, as in training; scores and softmax are fp32.
     """
-    batch, length, heads, head_dim = q.shape
+    batch, length, heads, _ = q.shape
     at_once = max(1, SCORES // (length * k.shape[1]))
     out = torch.empty_like(q)
     for row in range(batch):
@@ -144,10 +145,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, key_positions: Tensor)
         alibi = (slopes(heads, q.device)[:, None, None] * at).to(q.dtype)  # (heads, 1, S)
         for first in range(0, heads, at_once):
             some = slice(first, first + at_once)
-            q_, k_, v_ = (t[row, :, some].transpose(0, 1) for t in (q, k, v))  # (some heads, T or S, head_dim)
-            scores = torch.baddbmm(alibi[some], q_, k_.mT, alpha=1 / math.sqrt(head_dim))
-            weights = scores.masked_fill_(unseen, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype)
-            out[row, :, some] = (weights @ v_).transpose(0, 1)
+            q_, k_, v_ = (t[row, None, :, some].transpose(1, 2) for t in (q, k, v))  # (1, some heads, T or S, head_dim)
+            added = alibi[None, some].masked_fill(unseen, -torch.inf)  # (1, some heads, T, S)
+            out[row, :, some] = F.scaled_dot_product_attention(q_, k_, v_, attn_mask=added)[0].transpose(0, 1)
     return out
 
 
