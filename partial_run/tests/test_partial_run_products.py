@@ -40,6 +40,17 @@ def test_one_row_in_bf16_does_not_go_to_onednn(monkeypatch: pytest.MonkeyPatch):
     assert seen == [False, True, True]
 
 
+def test_several_rows_in_bf16_come_in_few_numbers(monkeypatch: pytest.MonkeyPatch):
+    seen: set[int] = set()
+    real = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *others: seen.add(x.numel() // x.shape[-1]) or real(x, *others))
+    weight = torch.ones(4, 8, dtype=torch.bfloat16)
+    for rows in range(1, 1200):
+        assert product(torch.ones(rows, 8, dtype=torch.bfloat16), weight, None).shape == (rows, 4)
+        assert rows <= max(seen) <= max(2 * rows, rows + 64, rows * 9 / 8)
+    assert len(seen) == 24
+
+
 def test_onednn_is_on_again_after_an_error():
     with pytest.raises(RuntimeError, match="shape"):
         product(torch.ones(1, 7, dtype=torch.bfloat16), torch.ones(4, 8, dtype=torch.bfloat16), None)
