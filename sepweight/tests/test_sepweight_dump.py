@@ -12,6 +12,7 @@ import sys
 import weakref
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -282,6 +283,22 @@ def test_what_cannot_be_dumped_is_named_and_nothing_looks_finished(tensors, layo
     for state in (in_pieces(tensors, 0), {key: t + 1 for key, t in tensors.items()}):
         with pytest.raises(WeightError, match="split model here already"):
             dump(state, tmp_path / "new", config=CONFIG, layout=layout)
+
+
+def test_a_dump_with_another_config_is_told_from_the_one_that_is_here(tmp_path):
+    def end(key, config):
+        return [("end", key)]
+
+    config: Any = {0: 1}
+    dump({"a": torch.zeros(2)}, tmp_path, config=config, layout=end)
+    dump({"a": torch.zeros(2)}, tmp_path, config={"0": 1}, layout=end)  # on the disk it is the same
+    for value in (torch.zeros(2), torch.ones(2)):
+        with pytest.raises(WeightError, match="another split model here already"):
+            dump({"a": value}, tmp_path, config={"0": 2}, layout=end)
+    with pytest.raises(WeightError, match="another split model here already"):
+        dump({"a": torch.ones(2)}, tmp_path, config=config, layout=end)
+    with llm_sepweight.open(tmp_path) as weights:
+        assert torch.equal(weights.load("end")["a"], torch.zeros(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -139,6 +139,33 @@ def test_a_split_model_is_not_overwritten(directory, checkpoint, layout):
     assert contents(directory) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("config.json", '{"other": 1}'), ("tokenizer.json", '{"other": 1}'), ("tokenizer.json", None), ("new.txt", "new")],
+)
+def test_a_model_of_the_same_shapes_is_told_from_the_one_that_is_here(directory, checkpoint, tmp_path, name, text):
+    before = contents(directory)
+    if text is None:
+        (checkpoint / name).unlink()
+    else:
+        (checkpoint / name).write_text(text)
+    places = json.loads((directory / "sepweight.json").read_text())["parts"]
+    layout = {
+        key: (part, name, *([i] if len(field["keys"]) > 1 else []))
+        for part, fields in places.items()
+        for name, field in fields["tensors"].items()
+        for i, key in enumerate(field.get("keys", ()))
+    }
+
+    def same_shapes(key, config):
+        tied = [("end", "head.weight")] if key == "embed.weight" else []
+        return [layout[key], *tied] if key in layout else []
+
+    with pytest.raises(WeightError, match=rf"another split model .*{name}\)\. Choose another destination"):
+        llm_sepweight.split(checkpoint, directory, layout=same_shapes)
+    assert contents(directory) == before
+
+
 def test_a_split_that_fails_leaves_nothing_that_looks_finished(checkpoint, layout, tmp_path):
     def stop(done, total):
         if done > total // 2:

@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 
 from llm_sepweight._catalog import parse_json, read_limited, size_of
-from llm_sepweight._checksum import checksum
 from llm_sepweight._copying import Progress, checksums, nbytes_of, write_files
 from llm_sepweight._damage import Damage, file_checksum
 from llm_sepweight._errors import WeightError
 from llm_sepweight._manifest import MANIFEST, FileInfo
-from llm_sepweight._parts import contents_of, manifest_of, model_of
+from llm_sepweight._parts import contents_of, infos_of, manifest_of, model_of
 from llm_sepweight._plan import FLOATS, PlannedPart, plan
 from llm_sepweight._source import StoreSource
 from llm_sepweight._writing import write_bytes
@@ -37,7 +36,7 @@ def mend_manifest(directory: Path, damage: Damage, source: StoreSource, progress
     done = _at_the_source(source, parts, progress)
     companions = source.companions()
     companions = {name: data for name, data in companions.items() if not rest or _belongs(directory / name, rest)}
-    files = {name: FileInfo(len(data), checksum(data)) for name, data in companions.items()}
+    files = infos_of(companions)
 
     expected = {each.file: (part, done[part]) for part, each in parts.items()}
     expected |= {name: (None, info) for name, info in files.items()}

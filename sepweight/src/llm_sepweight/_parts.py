@@ -74,7 +74,7 @@ def write_parts(
         companions = source.companions()
         for name, data in companions.items():
             write_bytes(directory / name, data)
-        files = {name: FileInfo(len(data), checksum(data)) for name, data in companions.items()}
+        files = infos_of(companions)
         model = model_of(source, dtype, journal.done if parts == everything else {})
         write_bytes(directory / MANIFEST, manifest_of(source, parts, journal.done, files, model).to_bytes())
     if freeing is not None:
@@ -218,9 +218,12 @@ def _check_fingerprint(journal: Journal, found: Mapping[str, Any] | None, freed:
 
 def _check_same(source: Source, parts: Mapping[str, PlannedPart], directory: Path, progress: Progress | None) -> None:
     """Raises WeightError unless the complete model in `directory` is what this split would write."""
-    manifest = read_manifest(directory)
-    same = {part: info.tensors for part, info in manifest.parts.items()} == {p: parts[p].tensors for p in parts}
-    if same and encoded(manifest.config) == encoded(source.config):
+    manifest, files = read_manifest(directory), infos_of(source.companions())
+    others = [name for name in {**files, **manifest.files} if files.get(name) != manifest.files.get(name)]
+    here = {part: info.tensors for part, info in manifest.parts.items()}
+    same = not others and here == {part: planned.tensors for part, planned in parts.items()}
+    same = same and _as_json(manifest.config) == _as_json(source.config)
+    if same:
         contents = [contents_of(source, part, planned) for part, planned in parts.items()]
         total, done = sum(map(nbytes_of, contents)), 0
 
@@ -234,11 +237,21 @@ def _check_same(source: Source, parts: Mapping[str, PlannedPart], directory: Pat
         same = texts == [manifest.parts[part].checksum for part in parts]
     if not same:
         remedy = "Choose another destination, or remove this one first."
-        raise WeightError("there is another split model here already", file=directory / MANIFEST, remedy=remedy)
+        file = directory / (others[0] if others else MANIFEST)
+        raise WeightError("there is another split model here already", file=file, remedy=remedy)
     if damaged := damages(directory, manifest):
         remedy = "Repair it with verify, or remove the directory."
         problem = f"this was split already, but is damaged: {damaged[0].problem}"
         raise WeightError(problem, file=directory / damaged[0].file, remedy=remedy)
+
+
+def _as_json(config: Mapping[str, Any]) -> str:
+    """A config as it stands on the disk, where the keys 0 and "0" are one."""
+    return json.dumps(encoded(config))
+
+
+def infos_of(companions: Mapping[str, bytes]) -> dict[str, FileInfo]:
+    return {name: FileInfo(len(data), checksum(data)) for name, data in companions.items()}
 
 
 def model_of(source: Source, dtype: torch.dtype | None, done: Mapping[str, FileInfo]) -> str:
