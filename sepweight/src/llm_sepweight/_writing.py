@@ -146,7 +146,11 @@ class DirectWriter:
             done, end = 0, whole_pages(nbytes) if self._direct else nbytes
             while done < end:
                 got = os.pwrite(self._file.fileno(), memory[done:end], offset + done)
-                done += got - got % PAGE if done + got < end else got
+                if self._direct and done + got < end:
+                    got -= got % PAGE  # the next write has to begin with a page
+                if got == 0:
+                    raise OSError(errno.ENOSPC, "the disk takes no more of it")
+                done += got
             if not self._direct and hasattr(os, "posix_fadvise"):
                 os.fdatasync(self._file.fileno())  # only clean pages can be dropped
                 os.posix_fadvise(self._file.fileno(), offset, nbytes, os.POSIX_FADV_DONTNEED)
