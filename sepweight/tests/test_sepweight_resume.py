@@ -437,6 +437,44 @@ def test_a_shard_that_is_named_like_a_part_is_not_written_over(sharded, layout):
     assert contents(sharded) == before
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["vocab.txt", "Vocab.txt"], "the file name 'vocab.txt' is taken or reserved"),
+        (["Sepweight.json"], "the file name 'Sepweight.json' is taken or reserved"),
+        (["a\\b.txt"], r"'a\\\\b.txt', which is not the name of a file"),
+    ],
+)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_small_files_that_no_manifest_can_name_are_refused_before_anything_is_written(
+    sharded, layout, tmp_path, names, message, in_place
+):
+    for name in names:
+        (sharded / name).touch()
+    before = contents(sharded)
+    with pytest.raises(WeightError, match=f"{message}.*Change that in the source"):
+        llm_sepweight.split(sharded, tmp_path / "split", layout=layout, in_place=in_place)
+    assert contents(sharded) == before
+    assert not (tmp_path / "split").exists()
+    (sharded / names[0]).unlink()
+    llm_sepweight.split(sharded, tmp_path / "split", layout=layout, in_place=in_place)
+    assert llm_sepweight.verify(tmp_path / "split") == []
+
+
+def test_a_manifest_that_cannot_be_read_again_is_not_written_and_nothing_is_lost(sharded, layout, tmp_path):
+    """A small file that comes while the parts are written."""
+
+    def meanwhile(done: int, total: int) -> None:
+        (sharded / "Tokenizer.json").touch()
+
+    with pytest.raises(WeightError, match="'tokenizer.json' is taken or reserved"):
+        llm_sepweight.split(sharded, tmp_path / "split", layout=layout, in_place=True, progress=meanwhile)
+    assert not (tmp_path / "split" / "sepweight.json").exists()
+    (sharded / "Tokenizer.json").unlink()
+    llm_sepweight.split(sharded, tmp_path / "split", layout=layout, in_place=True)
+    assert llm_sepweight.verify(tmp_path / "split") == []
+
+
 def test_an_index_that_was_not_read_stays(sharded, layout, tmp_path):
     other = sharded / "pytorch_model.bin.index.json"
     other.write_text("{}")

@@ -20,9 +20,9 @@ from llm_sepweight._errors import WeightError
 from llm_sepweight._foreign import check_no_weights, check_same
 from llm_sepweight._freeing import Freeing
 from llm_sepweight._header import DTYPES, file_order, make_header, read_header
-from llm_sepweight._journal import read_journal
+from llm_sepweight._journal import check_not_needed, read_journal
 from llm_sepweight._manifest import MANIFEST
-from llm_sepweight._parts import STAGE, check_not_needed, clear_stage, is_finished, write_parts
+from llm_sepweight._parts import STAGE, clear_stage, is_finished, write_parts
 from llm_sepweight._source import StoreSource
 from llm_sepweight._states import states
 from llm_sepweight._store import WeightStore

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from llm_sepweight._catalog import parse_json
 from llm_sepweight._errors import WeightError
 from llm_sepweight._manifest import FileInfo
+from llm_sepweight._states import same
 from llm_sepweight._writing import naming, remove, write_bytes
 
 JOURNAL, EXPORT = ".sepweight.journal", ".sepweight.export"
@@ -98,3 +100,32 @@ def read_journal(directory: Path, name: str = JOURNAL) -> Journal | None:
 
 def remove_journal(directory: Path) -> None:
     remove(directory / JOURNAL)
+
+
+def check_order(journal: Journal, order: Mapping[str, Any]) -> None:
+    """Raises WeightError where an unfinished split is another one."""
+    if any(journal.plan.get(name) != value for name, value in order.items()):
+        problem = f"there is an unfinished split of {journal.plan.get('source')!r} here, with other options or tensors"
+        remedy = journal.remedy("Finish that one, or remove the directory.")
+        raise WeightError(problem, file=journal.path.parent, remedy=remedy)
+
+
+def check_not_needed(journal: Journal | None) -> None:
+    """Raises WeightError where an unfinished split in place has parts here that are nowhere else."""
+    if journal is not None and journal.only_copy:
+        problem = f"there is an unfinished split of {journal.plan.get('source')!r} here"
+        raise WeightError(problem, file=journal.path.parent, remedy=journal.remedy(""))
+
+
+def check_fingerprint(journal: Journal, found: Mapping[str, Any] | None, freed: bool) -> None:
+    """The source is the one that the unfinished split began with.
+
+    Files that a split in place removed may be missing, or were put back: a refusal would leave parts of a model that
+    nobody else has.
+    """
+    begun, found = journal.plan["fingerprint"] or {}, found or {}
+    for name in {**begun, **found}:
+        if not same(begun.get(name), found.get(name), put_back=freed) and not (freed and name not in found):
+            problem = "the source has changed since the split that is unfinished here began"
+            remedy = journal.remedy(f"Remove {journal.path.parent}, and split again.")
+            raise WeightError(problem, file=name, remedy=remedy)

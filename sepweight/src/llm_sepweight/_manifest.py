@@ -10,6 +10,7 @@ from typing import Any
 
 from llm_sepweight._catalog import (
     DAMAGED,
+    JSON_LIMIT,
     PART_NAME,
     Catalog,
     Entry,
@@ -28,6 +29,7 @@ from llm_sepweight._checksum import CHECKSUM, PREFIX, checksum
 from llm_sepweight._errors import WeightError
 from llm_sepweight._header import DTYPE_NAMES, read_header
 from llm_sepweight._spec import chosen
+from llm_sepweight._writing import write_bytes
 
 MANIFEST = "sepweight.json"
 FORMAT, VERSION = "sepweight", 1
@@ -119,6 +121,8 @@ def read_manifest(directory: Path) -> Manifest:
 
 def parse_manifest(data: bytes, file: object) -> Manifest:
     """A manifest from its bytes, once all that can be checked without other files is. Raises WeightError naming `file`."""
+    if len(data) > JSON_LIMIT:
+        raise WeightError(f"a manifest of {len(data):,} bytes; {JSON_LIMIT:,} are the most that is read", file=file)
     try:
         fields = parse_json(data)
     except (ValueError, RecursionError) as error:
@@ -151,6 +155,13 @@ def parse_manifest(data: bytes, file: object) -> Manifest:
         for name, field in info.tensors.items():
             _check_tied(manifest, part, name, field, file)
     return manifest
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write a manifest that can be read again. Raises WeightError, and writes nothing, where that would not be so."""
+    data = manifest.to_bytes()
+    parse_manifest(data, directory / MANIFEST)
+    write_bytes(directory / MANIFEST, data)
 
 
 def _check_seal(data: bytes, seal: object, file: object) -> None:

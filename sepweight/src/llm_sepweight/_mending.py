@@ -14,7 +14,7 @@ from llm_sepweight._catalog import parse_json, read_limited, size_of
 from llm_sepweight._copying import Progress, checksums, nbytes_of, write_files
 from llm_sepweight._damage import Damage, file_checksum
 from llm_sepweight._errors import WeightError
-from llm_sepweight._manifest import MANIFEST, FileInfo
+from llm_sepweight._manifest import MANIFEST, FileInfo, write_manifest
 from llm_sepweight._parts import contents_of, infos_of, manifest_of, model_of
 from llm_sepweight._plan import FLOATS, PlannedPart, plan
 from llm_sepweight._source import StoreSource
@@ -70,7 +70,7 @@ def mend_manifest(directory: Path, damage: Damage, source: StoreSource, progress
                 list(texts)
             source.check_unchanged()
     model = model_of(source, dtype, done if parts == everything else {})
-    write_bytes(directory / MANIFEST, manifest_of(source, parts, done, files, model).to_bytes())
+    write_manifest(directory, manifest_of(source, parts, done, files, model))
     return [replace(each, repaired=True) for each in (damage, *damaged)]
 
 

@@ -20,11 +20,29 @@ from llm_sepweight._download import forget
 from llm_sepweight._errors import WeightError
 from llm_sepweight._foreign import check_no_weights, check_same
 from llm_sepweight._freeing import Freeing
-from llm_sepweight._journal import Journal, begin_journal, read_journal, remove_journal
-from llm_sepweight._manifest import MANIFEST, VERSION, FileInfo, Manifest, PartInfo, needed, read_manifest
+from llm_sepweight._journal import (
+    Journal,
+    begin_journal,
+    check_fingerprint,
+    check_not_needed,
+    check_order,
+    read_journal,
+    remove_journal,
+)
+from llm_sepweight._manifest import (
+    MANIFEST,
+    UNSEALED,
+    VERSION,
+    FileInfo,
+    Manifest,
+    PartInfo,
+    needed,
+    parse_manifest,
+    read_manifest,
+    write_manifest,
+)
 from llm_sepweight._plan import PlannedPart, plan
 from llm_sepweight._source import Source
-from llm_sepweight._states import same
 from llm_sepweight._writing import check_room, write_bytes
 
 STAGE = ".sepweight.stage"  # where `dump` writes a stream first
@@ -42,6 +60,7 @@ def write_parts(
     """`split` for tensors from anywhere, by the one process that holds the directory's lock."""
     everything = plan(source.parts, dtype)
     parts = {part: everything[part] for part in needed(everything, spec)}
+    _check_manifest(source, parts, directory)
     if freeing is not None:
         freeing.begin(everything, [directory / planned.file for planned in parts.values()])
     order = {**_identity(source, parts), "in_place": freeing is not None}
@@ -54,7 +73,7 @@ def write_parts(
         check_not_needed(journal)
         journal = None
     if journal is not None:
-        _check_order(journal, order)
+        check_order(journal, order)
     elif complete:
         try:
             _check_same(source, parts, directory, progress)
@@ -69,17 +88,28 @@ def write_parts(
         catalog = {} if freeing is None else {"catalog": freeing.catalog()}
         journal = begin_journal(directory, {**order, "fingerprint": fingerprint, **catalog})
     with closing(journal):
-        _check_fingerprint(journal, fingerprint, freeing is not None)
+        check_fingerprint(journal, fingerprint, freeing is not None)
         _write_missing(source, parts, journal, progress, freeing)
         companions = source.companions()
         for name, data in companions.items():
             write_bytes(directory / name, data)
         files = infos_of(companions)
         model = model_of(source, dtype, journal.done if parts == everything else {})
-        write_bytes(directory / MANIFEST, manifest_of(source, parts, journal.done, files, model).to_bytes())
+        write_manifest(directory, manifest_of(source, parts, journal.done, files, model))
     if freeing is not None:
         freeing.finish(parts)
     remove_journal(directory)
+
+
+def _check_manifest(source: Source, parts: Mapping[str, PlannedPart], directory: Path) -> None:
+    """Raises WeightError where the manifest, whatever the checksums are, would be one that no reader takes."""
+    unknown = dict.fromkeys(parts, FileInfo(0, UNSEALED))
+    manifest = manifest_of(source, parts, unknown, infos_of(source.companions()), "")
+    try:
+        parse_manifest(manifest.to_bytes(), directory / MANIFEST)
+    except WeightError as error:
+        error.remedy = "Change that in the source, then run it again."
+        raise
 
 
 def _check_free(source: Source, parts: Mapping[str, PlannedPart], directory: Path, freeing: Freeing | None) -> None:
@@ -168,20 +198,6 @@ def _identity(source: Source, parts: Mapping[str, PlannedPart]) -> dict[str, Any
     return {"source": source.name, "identity": checksum(text.encode())}
 
 
-def _check_order(journal: Journal, order: Mapping[str, Any]) -> None:
-    if any(journal.plan.get(name) != value for name, value in order.items()):
-        problem = f"there is an unfinished split of {journal.plan.get('source')!r} here, with other options or tensors"
-        remedy = journal.remedy("Finish that one, or remove the directory.")
-        raise WeightError(problem, file=journal.path.parent, remedy=remedy)
-
-
-def check_not_needed(journal: Journal | None) -> None:
-    """Raises WeightError where an unfinished split in place has parts here that are nowhere else."""
-    if journal is not None and journal.only_copy:
-        problem = f"there is an unfinished split of {journal.plan.get('source')!r} here"
-        raise WeightError(problem, file=journal.path.parent, remedy=journal.remedy(""))
-
-
 def is_finished(directory: Path) -> bool:
     """Whether a dump, or split, was killed after the manifest: nothing but to clear up was left to do."""
     journal = read_journal(directory)
@@ -200,20 +216,6 @@ def clear_stage(directory: Path) -> None:
     """Remove what a dump of a stream that was killed has staged: the next one stages it anew."""
     if (directory / STAGE).exists():
         shutil.rmtree(directory / STAGE)
-
-
-def _check_fingerprint(journal: Journal, found: Mapping[str, Any] | None, freed: bool) -> None:
-    """The source is the one that the unfinished split began with.
-
-    Files that a split in place removed may be missing, or were put back: a refusal would leave parts of a model that
-    nobody else has.
-    """
-    begun, found = journal.plan["fingerprint"] or {}, found or {}
-    for name in {**begun, **found}:
-        if not same(begun.get(name), found.get(name), put_back=freed) and not (freed and name not in found):
-            problem = "the source has changed since the split that is unfinished here began"
-            remedy = journal.remedy(f"Remove {journal.path.parent}, and split again.")
-            raise WeightError(problem, file=name, remedy=remedy)
 
 
 def _check_same(source: Source, parts: Mapping[str, PlannedPart], directory: Path, progress: Progress | None) -> None:
