@@ -295,6 +295,24 @@ def test_a_record_whose_last_line_was_cut_short_counts_without_it(forks, sharded
     assert llm_sepweight.verify(destination) == []
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_record_with_one_flipped_bit_is_not_believed(forks, sharded, tmp_path, layout, in_place):
+    destination = tmp_path / "split"
+    unfinished(forks, sharded, destination, in_place)
+    (destination / ".sepweight.lock").unlink()  # the killed one left it
+    journal, before = destination / ".sepweight.journal", contents(sharded)
+    data = journal.read_bytes()
+    words = [data.index(word) for word in (b'"fingerprint"', b'"in_place"', b'"part": "', b'"nbytes": ')]
+    for at in [0, *(word + 3 for word in words), *random.Random(0).sample(range(len(data) - 1), 20)]:
+        journal.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+        with pytest.raises(WeightError, match=r"record of an unfinished split cannot be read.*\.sepweight\.journal"):
+            llm_sepweight.split(sharded, destination, layout=layout, in_place=in_place)
+    assert contents(sharded) == before
+    journal.write_bytes(data)
+    llm_sepweight.split(sharded, destination, layout=layout, in_place=in_place)
+    assert llm_sepweight.verify(destination) == []
+
+
 def test_a_record_is_changed_only_by_the_split_that_has_the_directory(forks, sharded, tmp_path, layout):
     destination = tmp_path / "split"
     assert forks(sharded, destination, False, 40)[0] == -9

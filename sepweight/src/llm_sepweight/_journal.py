@@ -1,4 +1,7 @@
-"""What a split, or export, that is not finished has done: a line of JSON for what it does, one more for each part, or file."""
+"""What a split, or export, that is not finished has done: a line for what it does, one more for each part, or file.
+
+A line is a checksum, a space and the JSON that it is of.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_sepweight._catalog import parse_json
+from llm_sepweight._checksum import checksum
 from llm_sepweight._errors import WeightError
 from llm_sepweight._manifest import FileInfo
 from llm_sepweight._states import same
@@ -61,7 +65,7 @@ class Journal:
             if self.file is None:
                 self.file = FileIO(self.path, "a")
                 self.file.truncate(self.nbytes)
-            line = json.dumps({"part": part, **vars(info)}).encode() + b"\n"
+            line = _line({"part": part, **vars(info)})
             if self.file.write(line) < len(line):
                 raise OSError(0, "it was cut short")
             os.fsync(self.file.fileno())
@@ -75,7 +79,7 @@ class Journal:
 
 def begin_journal(directory: Path, plan: dict[str, Any], name: str = JOURNAL) -> Journal:
     """A new one, with nothing done."""
-    line = json.dumps(plan).encode() + b"\n"
+    line = _line(plan)
     write_bytes(directory / name, line)
     return Journal(directory / name, plan, len(line))
 
@@ -86,16 +90,28 @@ def read_journal(directory: Path, name: str = JOURNAL) -> Journal | None:
     try:
         data = path.read_bytes()
         first, *lines, torn = data.split(b"\n")
-        journal = Journal(path, parse_json(first), len(data) - len(torn))
+        journal = Journal(path, _fields(first), len(data) - len(torn))
         for line in lines:
-            entry = parse_json(line)
+            entry = _fields(line)
             journal.done[entry["part"]] = FileInfo(entry["nbytes"], entry["checksum"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         problem, remedy = UNREADABLE[name]
         raise WeightError(problem, file=path, remedy=remedy) from error
     return journal
+
+
+def _line(fields: dict[str, Any]) -> bytes:
+    text = json.dumps(fields).encode()
+    return b"%s %s\n" % (checksum(text).encode(), text)
+
+
+def _fields(line: bytes) -> dict[str, Any]:
+    found, _, text = line.partition(b" ")
+    if found != checksum(text).encode():
+        raise ValueError("the line is damaged")
+    return parse_json(text)
 
 
 def remove_journal(directory: Path) -> None:
