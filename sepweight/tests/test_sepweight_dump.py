@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import llm_sepweight
 from llm_sepweight import WeightError, diff, dump, export, filenames, verify
@@ -453,6 +453,22 @@ def test_an_export_has_every_name_of_tensors_that_share_their_bytes(tmp_path, fo
     export(tmp_path / "split", tmp_path / "back")
     found = load_file(tmp_path / "back" / "model.safetensors")
     assert found.keys() == state.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in state.items())
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_stack_of_one_goes_round(tmp_path, in_place):
+    state = {"norm": torch.randn(3), "experts.0": torch.randn(4, 3), "wide": torch.randn(1, 4, 3)}
+    places = {"norm": ("begin", "x"), "experts.0": ("end", "experts", 0), "wide": ("end", "wide")}
+    (tmp_path / "source").mkdir()
+    save_file(state, tmp_path / "source" / "model.safetensors")
+    llm_sepweight.split(
+        tmp_path / "source", tmp_path / "split", layout=lambda key, config: [places[key]], in_place=in_place
+    )
+    with llm_sepweight.open(tmp_path / "split") as weights:
+        assert weights.load("end")["experts"].shape == (1, 4, 3)
+    export(tmp_path / "split", tmp_path / "back")
+    found = load_file(tmp_path / "back" / "model.safetensors")
     assert all(torch.equal(found[key], tensor) for key, tensor in state.items())
 
 

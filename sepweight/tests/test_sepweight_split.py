@@ -284,6 +284,7 @@ def seal(file: Path, manifest: dict[str, Any]) -> None:
         ("parts|end|tensors|head.weight", {"part": "end", "name": "head.weight"}, "another part"),
         ("parts|end|tensors|head.weight", {"part": []}, "no valid entry"),
         ("parts|end|tensors|head.weight", 5, "no valid entry"),
+        ("parts|mid.00001|tensors|experts.weight|stacked", 1, "no valid entry"),
     ],
 )
 def test_a_manifest_that_is_not_true_is_refused(directory, path, value, message):

@@ -51,13 +51,19 @@ class Entry:
 
     info: TensorInfo
     extents: tuple[Extent, ...]
-    keys: tuple[str, ...]  # what the checkpoint calls it; several where it is a stack
+    keys: tuple[str, ...]  # what the checkpoint calls it, or each row of a stack
+    stack: bool = False
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """How a manifest says what the checkpoint calls it."""
+        return {"keys": list(self.keys), **({"stacked": True} if self.stack and len(self.keys) == 1 else {})}
 
 
-def whole(extent: Extent, keys: tuple[str, ...] | None = None) -> Entry:
+def whole(extent: Extent) -> Entry:
     """The tensor that is one tensor of the file."""
     info = TensorInfo(extent.dtype, extent.shape, extent.nbytes)
-    return Entry(info, (extent,), (extent.key,) if keys is None else keys)
+    return Entry(info, (extent,), (extent.key,))
 
 
 def stacked(extents: tuple[Extent, ...]) -> Entry:
@@ -65,7 +71,7 @@ def stacked(extents: tuple[Extent, ...]) -> Entry:
     first = extents[0]
     nbytes = first.nbytes * len(extents)
     info = TensorInfo(first.dtype, (len(extents), *first.shape), nbytes)
-    return Entry(info, extents, tuple(extent.key for extent in extents))
+    return Entry(info, extents, tuple(extent.key for extent in extents), stack=True)
 
 
 @dataclass(frozen=True)

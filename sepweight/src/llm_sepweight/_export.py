@@ -90,12 +90,11 @@ def _by_key(source: StoreSource) -> dict[str, _Tensor]:
     tensors: dict[str, _Tensor] = {}
     for part, entries in source.parts.items():
         for name, entry in entries.items():
-            stack = len(entry.keys) > 1
-            if not entry.keys or (stack and entry.info.shape[0] != len(entry.keys)):
+            if not entry.keys or (entry.stack and entry.info.shape[:1] != (len(entry.keys),)):
                 remedy = "Split the model from a checkpoint."
                 problem = "what the checkpoint called this tensor is not known"
                 raise WeightError(problem, file=source.store.path, part=part, tensor=name, remedy=remedy)
-            shape = entry.info.shape[1:] if stack else entry.info.shape
+            shape = entry.info.shape[1:] if entry.stack else entry.info.shape
             info = TensorInfo(entry.info.dtype, shape, entry.info.nbytes // len(entry.keys))
             for i, key in enumerate(entry.keys):
                 piece = Piece(info.nbytes, partial(_copy_slice, source, part, name, i * info.nbytes))

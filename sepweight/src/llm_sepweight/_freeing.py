@@ -94,6 +94,7 @@ def catalog_as_json(catalog: Catalog) -> dict[str, Any]:
             name: {
                 "shape": entry.info.shape,
                 "keys": entry.keys,
+                "stack": entry.stack,
                 "extents": [[e.key, Path(e.file).name, e.offset, DTYPE_NAMES[e.dtype], e.shape] for e in entry.extents],
             }
             for name, entry in entries.items()
@@ -114,7 +115,7 @@ def catalog_from_json(fields: dict[str, Any], directory: Path) -> Catalog:
         )
         nbytes = sum(extent.nbytes for extent in extents)
         info = TensorInfo(extents[0].dtype, tuple(field["shape"]), nbytes)
-        return Entry(info, extents, tuple(field["keys"]))
+        return Entry(info, extents, tuple(field["keys"]), field["stack"])
 
     parts = {part: {name: entry(field) for name, field in names.items()} for part, names in fields["parts"].items()}
     return Catalog(

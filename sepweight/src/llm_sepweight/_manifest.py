@@ -100,9 +100,15 @@ def needed(parts: Mapping[str, Any], spec: str) -> list[str]:
     return [part for part in parts if part in tied or part in named]
 
 
-def stored(info: TensorInfo, keys: tuple[str, ...]) -> dict[str, Any]:
-    """A manifest's entry for a tensor that the part's own file holds."""
-    return {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape), "keys": list(keys)}
+def stored(info: TensorInfo, named: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest's entry for a tensor that the part's own file holds. named: what `Entry.named` gives."""
+    return {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape), **named}
+
+
+def _named(entry: Entry, field: Mapping[str, Any]) -> Entry:
+    """The tensor under the names that a manifest's entry gives it."""
+    keys = tuple(field.get("keys", ()))
+    return replace(entry, keys=keys, stack=len(keys) > 1 or field.get("stacked", False))
 
 
 def part_file(part: str) -> str:
@@ -207,6 +213,8 @@ def _is_tensor(field: dict[str, Any]) -> bool:
     keys = field.get("keys", [])
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         return False
+    if not isinstance(field.get("stacked", False), bool):
+        return False
     if "part" in field:
         return isinstance(field["part"], str) and isinstance(field.get("name"), str)
     shape = field.get("shape")
@@ -247,7 +255,7 @@ def read_directory(directory: Path) -> tuple[Manifest, Catalog]:
 
     def entry(part: str, name: str, field: Mapping[str, Any]) -> Entry:
         found = stored_here[field.get("part", part)][field.get("name", name)]
-        return replace(found, keys=tuple(field["keys"])) if "keys" in field else found
+        return _named(found, field) if "keys" in field else found
 
     entries = {
         part: {name: entry(part, name, field) for name, field in info.tensors.items()}
@@ -263,9 +271,9 @@ def stored_in(file: Path, info: PartInfo) -> dict[str, Entry]:
     if info.nbytes != (found := size_of(file)):
         raise WeightError(f"the file has {found} bytes, but {info.nbytes} in the manifest", file=file, remedy=DAMAGED)
     said = {name: field for name, field in info.tensors.items() if "part" not in field}
-    entries = {name: whole(extent, tuple(said.get(name, {}).get("keys", ()))) for name, extent in extents.items()}
+    entries = {name: _named(whole(extent), said.get(name, {})) for name, extent in extents.items()}
     for name in {**entries, **said}:
-        found = _form(stored(entries[name].info, ())) if name in entries else "not in the file"
+        found = _form(stored(entries[name].info, {})) if name in entries else "not in the file"
         expected = _form(said[name]) if name in said else "not in the manifest"
         if found != expected:
             raise WeightError(f"the tensor is {found}, but {expected} expected", file=file, tensor=name, remedy=DAMAGED)

@@ -44,7 +44,7 @@ def plan(parts: Mapping[str, Mapping[str, Entry]], dtype: torch.dtype | None = N
         infos = {name: _as_stored(entry.info, dtype) for name, entry in entries.items()}
         order = file_order(infos)
         tensors = {
-            name: tied[part][name] if name in tied[part] else stored(infos[name], entries[name].keys)
+            name: tied[part][name] if name in tied[part] else stored(infos[name], entries[name].named)
             for name in parts[part]
         }
         header = make_header({name: infos[name] for name in order})
@@ -73,6 +73,6 @@ def _stored_once(
                 own[part][name] = entry
             else:
                 tied[part][name] = {"part": holder, "name": its_name}
-                if entry.keys != parts[holder][its_name].keys:  # two tensors of the checkpoint share these bytes
-                    tied[part][name]["keys"] = list(entry.keys)
+                if entry.named != parts[holder][its_name].named:  # two tensors of the checkpoint share these bytes
+                    tied[part][name] |= entry.named
     return own, tied
