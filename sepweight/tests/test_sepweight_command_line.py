@@ -154,6 +154,15 @@ def test_an_error_of_the_program_is_told_apart_from_damage_that_was_found(run, d
     assert "an error of the program itself" in err
 
 
+def test_a_reader_who_has_enough_is_no_error(directory):
+    theirs, ours = os.pipe()
+    os.close(theirs)
+    line = [sys.executable, "-m", "llm_sepweight.cli", "info", directory, "--tensors"]
+    done = subprocess.run(line, stdout=ours, stderr=subprocess.PIPE, text=True)
+    os.close(ours)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_help_teaches_and_an_unknown_command_is_refused(run):
     status, out, _ = run("--help")
     assert status == 0

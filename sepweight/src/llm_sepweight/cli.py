@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import re
 import sys
 import time
@@ -21,7 +22,7 @@ from llm_sepweight._families import find_layout
 from llm_sepweight._header import DTYPE_NAMES
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-DIFFERENT, WRONG, FAULT, INTERRUPTED = 1, 2, 70, 130  # exit statuses
+DIFFERENT, WRONG, FAULT, INTERRUPTED, UNREAD = 1, 2, 70, 130, 141  # exit statuses
 DESCRIPTION = """\
 The weights of a language model as one file per part: begin, each layer, end.
 
@@ -37,17 +38,22 @@ examples:
   llm-sepweight info llama-70b --json | jq .nbytes
 
 exit status: 0 done; 1 damage or differences were found; 2 it cannot be done, and one line on stderr says why;
-70 an error of the program itself, with its traceback; 130 interrupted. Progress is shown on a terminal only, on stderr."""
+70 an error of the program itself, with its traceback; 130 interrupted; 141 nobody reads. Progress is shown on a terminal only, on stderr."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        status = arguments.run(arguments)
+        print(end="", flush=True)
+        return status
     except KeyboardInterrupt:
         print("\ninterrupted: run the same command again to go on", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # whoever reads, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python writes the rest when it exits
+        return UNREAD
     except (ValueError, OSError, ImportError) as error:
         print(f"llm-sepweight: {error}", file=sys.stderr)
         return WRONG
