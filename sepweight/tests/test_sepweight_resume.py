@@ -391,6 +391,19 @@ def test_in_place_needs_room_for_a_shard_and_two_parts_only(tmp_path, monkeypatc
     assert max(seen) <= before + shard + 2 * part + 11 * 4096  # each file has a header of a page
 
 
+@pytest.mark.parametrize("there", [None, {}, {"config.json": "{}", "tokenizer.json": "{}"}])
+def test_a_split_in_place_is_done_only_where_its_source_was(sharded, tmp_path, layout, there):
+    llm_sepweight.split(sharded, tmp_path / "split", layout=layout, in_place=True)
+    llm_sepweight.split(sharded, tmp_path / "split", layout=layout, in_place=True)  # nothing is left to do
+    other = tmp_path / "other" / sharded.name
+    if there is not None:
+        other.mkdir(parents=True)
+        for name, text in there.items():
+            (other / name).write_text(text)
+    with pytest.raises(WeightError, match="no such directory|no checkpoint here"):
+        llm_sepweight.split(other, tmp_path / "split", layout=layout, in_place=True)
+
+
 def test_what_cannot_be_freed_is_refused_in_place(sharded, tmp_path, layout):
     llm_sepweight.split(sharded, tmp_path / "split", layout=layout)
     with pytest.raises(WeightError, match="split already"):

@@ -13,7 +13,7 @@ from llm_sepweight._errors import WeightError
 from llm_sepweight._freeing import Freeing, catalog_from_json
 from llm_sepweight._journal import read_journal
 from llm_sepweight._manifest import MANIFEST, read_manifest
-from llm_sepweight._parts import clear_stage, write_parts
+from llm_sepweight._parts import clear_stage, is_sound, write_parts
 from llm_sepweight._source import StoreSource
 from llm_sepweight._states import states
 from llm_sepweight._store import WeightStore, open
@@ -80,5 +80,6 @@ def _was_done(source: object, directory: Path) -> bool:
     """Whether an earlier split in place has nothing left to do."""
     if isinstance(source, WeightStore) or not (directory / MANIFEST).exists() or read_journal(directory) is not None:
         return False
-    path = Path(str(source))
-    return not holds_weights(path) and read_manifest(directory).source == path.resolve().name
+    path, manifest = Path(str(source)), read_manifest(directory)
+    left = all(is_sound(path / name, info) for name, info in manifest.files.items())
+    return path.is_dir() and not holds_weights(path) and manifest.source == path.resolve().name and left
