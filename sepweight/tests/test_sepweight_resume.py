@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -559,6 +560,61 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(checkpoint,
     with pytest.raises(WeightError, match=r"[\d,]+ bytes are to be written, but the disk has only 40,960 free"):
         llm_sepweight.split(checkpoint, tmp_path / "split", layout=layout)
     assert not list((tmp_path / "split").glob("*.safetensors"))
+
+
+@pytest.fixture
+def permissions_count(checkpoint, tmp_path, monkeypatch) -> Iterator[None]:
+    """In `tmp_path`, which is the working directory; for root, as another user, who owns it."""
+    monkeypatch.chdir(tmp_path)
+    root, nobody = os.geteuid() == 0, 65534
+    if root:
+        for path in (tmp_path, *tmp_path.rglob("*")):
+            os.chown(path, nobody, -1)
+        os.seteuid(nobody)
+    yield
+    if root:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("mode", [0o500, 0o600])
+@pytest.mark.parametrize("destination", ["closed", "closed/split"])
+@pytest.mark.parametrize("way", ["split", "split in place", "dump", "dump a stream", "export"])
+def test_a_destination_where_nothing_may_be_written_is_named(
+    permissions_count, tensors, layout, way, destination, mode
+):
+    config = json.loads(Path("checkpoint/config.json").read_text())
+    begin = {
+        "split": partial(llm_sepweight.split, "checkpoint"),
+        "split in place": partial(llm_sepweight.split, "checkpoint", in_place=True),
+        "dump": partial(llm_sepweight.dump, tensors, config=config),
+        "dump a stream": partial(llm_sepweight.dump, [tensors], config=config),
+        "export": partial(llm_sepweight.export, "checkpoint"),
+    }
+    before = contents(Path("checkpoint"))
+    Path("closed").mkdir()
+    Path("closed").chmod(mode)
+    with pytest.raises(WeightError, match=rf"Permission denied \(file {destination}.*Allow it or choose another dest"):
+        begin[way](destination, layout=layout)
+    assert contents(Path("checkpoint")) == before
+    Path("closed").chmod(0o700)
+    assert not list(Path("closed").iterdir())
+
+
+def test_files_that_may_not_be_removed_are_named_before_anything_is_split_in_place(permissions_count, layout):
+    Path("checkpoint").chmod(0o500)
+    with pytest.raises(WeightError, match=r"cannot be removed: permission denied \(file checkpoint\)\. Allow it"):
+        llm_sepweight.split("checkpoint", "split", layout=layout, in_place=True)
+    assert not Path("split").exists()
+    Path("checkpoint").chmod(0o700)
+
+    def meanwhile(done: int, total: int) -> None:
+        Path("checkpoint").chmod(0o500)
+
+    with pytest.raises(WeightError, match=r"cannot be removed: Permission denied \(file checkpoint/model-.* Allow it"):
+        llm_sepweight.split("checkpoint", "split", layout=layout, in_place=True, progress=meanwhile)
+    Path("checkpoint").chmod(0o700)
+    llm_sepweight.split("checkpoint", "split", layout=layout, in_place=True)
+    assert llm_sepweight.verify("split") == []
 
 
 def test_a_destination_that_is_no_directory_is_named(checkpoint, layout, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import closing
 from functools import partial
@@ -32,6 +33,7 @@ class Freeing:
             problem = "the index leaves out this tensor, which would be lost with its file"
             remedy = "Enter it in the index, or split without in_place."
             raise WeightError(problem, file=file, tensor=key, remedy=remedy)
+        _check_removable(self.directory)
         self._check_copies()
         for file in map(Path, self._files):
             if file.is_symlink():
@@ -85,6 +87,13 @@ class Freeing:
     def catalog(self) -> dict[str, Any]:
         """What the source held when all of it was there, for the journal."""
         return catalog_as_json(self._source.store.catalog)
+
+
+def _check_removable(directory: Path) -> None:
+    """Raises WeightError where no file of this directory can be removed, as far as can be told without removing one."""
+    if not os.access(directory, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        problem = "the files of this directory cannot be removed: permission denied"
+        raise WeightError(problem, file=directory, remedy="Allow it, or split without in_place.")
 
 
 def catalog_as_json(catalog: Catalog) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from llm_sepweight._parts import clear_stage, is_sound, write_parts
 from llm_sepweight._source import StoreSource
 from llm_sepweight._states import states
 from llm_sepweight._store import WeightStore, open
-from llm_sepweight._writing import locked
+from llm_sepweight._writing import locked, naming
 
 
 def split(
@@ -47,11 +47,15 @@ def split(
     bad spec or dtype.
     """
     directory = Path(destination)
-    if in_place and _was_done(source, directory):
+    with naming(directory):
+        done = in_place and _was_done(source, directory)
+    if done:
         with locked(directory):  # which removes the lock of one that was killed at its very end
             return
     with _opened(source, layout, directory, in_place) as store:
-        if not in_place and directory.exists() and directory.samefile(store.path):
+        with naming(directory):
+            own = directory.exists() and directory.samefile(store.path)
+        if own and not in_place:
             problem = "source and destination are the same"
             raise WeightError(problem, file=directory, remedy="Choose another destination, or split in place.")
         found = StoreSource(store)

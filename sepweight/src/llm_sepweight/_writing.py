@@ -14,6 +14,7 @@ from llm_sepweight._errors import WeightError
 from llm_sepweight._reading import O_DIRECT, PAGE, pages, whole_pages
 
 LOCK = ".sepweight.lock"
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def temporary(path: Path) -> Path:
@@ -54,9 +55,12 @@ def put_in_place(path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file, if it is there, so that it stays removed."""
-    with naming(path):
+    try:
         path.unlink(missing_ok=True)
         sync_directory(path.parent)
+    except OSError as error:
+        problem = f"the file cannot be removed: {error.strerror}"
+        raise WeightError(problem, file=path, remedy="Allow it, then run it again.") from error
 
 
 def sync_directory(directory: Path) -> None:
@@ -87,7 +91,8 @@ def naming(path: object) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = "Make room or choose another destination, then run it again."
+        way = "Allow it" if error.errno in DENIED else "Make room"
+        remedy = f"{way} or choose another destination, then run it again."
         problem = f"the file cannot be written: {error.strerror}"
         raise WeightError(problem, file=path, remedy=remedy) from error
 
@@ -98,8 +103,9 @@ def locked(directory: Path) -> Iterator[None]:
 
     One that was killed holds no lock. A directory that was made and stayed empty is removed.
     """
-    path, new = directory / LOCK, not directory.exists()
+    path = directory / LOCK
     with naming(directory):
+        new = not directory.exists()
         directory.mkdir(parents=True, exist_ok=True)
     with naming(path):
         descriptor = _lock(path)
