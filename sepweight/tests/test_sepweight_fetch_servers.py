@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import shutil
 import signal
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import llm_sepweight
 from llm_sepweight import WeightError, _download, _remote, fetch
 
 Trick = Callable[..., object]
+BOMB = gzip.compress(bytes(32 << 20))
 
 
 @pytest.fixture(autouse=True)
@@ -185,6 +188,70 @@ def test_what_a_server_does_wrong_is_named_and_not_accepted(source, serve, layou
     assert error.value.file is not None
     assert error.value.file.startswith(server.url)
     assert not list(tmp_path.glob("node/[!.]*"))
+
+
+def flooding(request) -> None:
+    for _ in range(1000):
+        request.wfile.write(b"%x\r\n%s\r\n" % (1 << 16, bytes(1 << 16)))
+
+
+def bomb(request) -> None:
+    request.wfile.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(BOMB), BOMB))
+
+
+def dripping(request) -> None:
+    for _ in range(100):
+        request.wfile.write(b"1\r\nx\r\n")
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("body", "headers"), [(flooding, {}), (bomb, {"Content_Encoding": "gzip"}), (dripping, {})])
+def test_the_body_of_a_redirect_takes_neither_memory_nor_time(split, serve, tmp_path, body, headers):
+    server, other = serve(split), serve(split)
+
+    def trick(request) -> bool:
+        chunked = {"Content_Length": None, "Transfer_Encoding": "chunked", **headers}
+        request.answer(302, Location=f"{other.url}/{request.name}", **chunked)
+        body(request)
+        return True
+
+    server.trick = trick
+    tracemalloc.start()
+    start = time.monotonic()
+    fetch(server.url, "0:1", tmp_path / "node", timeout=1, retries=0)
+    took, (_, most) = time.monotonic() - start, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert took < 4
+    assert most < 16 << 20
+    assert (tmp_path / "node/mid.00000.safetensors").read_bytes() == (split / "mid.00000.safetensors").read_bytes()
+
+
+def test_a_redirect_that_drips_what_it_promised_is_given_up(split, serve, tmp_path):
+    server = serve(split)
+
+    def trick(request) -> bool:
+        request.answer(302, b"x", Location="/elsewhere", Content_Length="1000")
+        for _ in range(20):
+            request.wfile.write(b"x")
+            time.sleep(0.05)
+        return True
+
+    server.trick = trick
+    with pytest.raises(WeightError, match="the server stalls: .* bytes in 0.3 s"):
+        fetch(server.url, "0:1", tmp_path / "node", timeout=0.3, retries=0)
+
+
+def test_a_redirect_costs_no_new_connection(split, serve, tmp_path):
+    server, other, connections = serve(split), serve(split), set()
+
+    def trick(request) -> bool:
+        connections.add(request.client_address)
+        return request.answer(302, b"Found", Location=f"{other.url}/{request.name}") is None
+
+    server.trick = trick
+    fetch(server.url, "f", tmp_path / "node", connections=1)
+    assert len(server.requests) > 10
+    assert len(connections) == 2  # that of the thread that plans, that of the one that reads
 
 
 @pytest.mark.parametrize("name", ["sepweight.json", "mid.00001.safetensors", "tokenizer.json"])
@@ -401,6 +468,15 @@ def test_a_redirect_is_followed_and_what_was_meant_for_one_server_not_told_to_an
     assert all(request.headers["Accept-Encoding"] == "identity" for request in server.requests + other.requests)
 
 
+def test_the_password_in_an_address_is_not_told_to_another_server(split, serve, tmp_path):
+    server, other = serve(split), serve(split)
+    server.trick = lambda request: request.answer(307, Location=f"{other.url}/{request.name}") is None
+    fetch(server.url.replace("://", "://user:secret@"), "0:1", tmp_path / "node")
+    assert all(request.headers["Authorization"].startswith("Basic ") for request in server.requests)
+    assert other.requests
+    assert not any("Authorization" in request.headers for request in other.requests)
+
+
 def test_a_redirect_within_a_server_keeps_what_was_meant_for_it(split, serve, tmp_path):
     server = serve(split)
 
@@ -414,15 +490,19 @@ def test_a_redirect_within_a_server_keeps_what_was_meant_for_it(split, serve, tm
 
 
 def test_a_redirect_from_https_to_http_is_refused(monkeypatch, tmp_path):
+    asked: list[str] = []
+
     def answer(request: httpx2.Request) -> httpx2.Response:
+        asked.append(request.url.scheme)
         if request.url.scheme == "https":
             return httpx2.Response(302, headers={"Location": "http://127.0.0.1/model"})
         return httpx2.Response(404)
 
-    client = httpx2.Client(transport=httpx2.MockTransport(answer), follow_redirects=True)
+    client = httpx2.Client(transport=httpx2.MockTransport(answer))
     monkeypatch.setattr(httpx2, "Client", lambda **settings: client)
     with pytest.raises(WeightError, match="the server leads from https to http"):
         fetch("https://127.0.0.1/model", "f", tmp_path / "node")
+    assert set(asked) == {"https"}
 
 
 def test_a_disk_without_room_is_said_before_anything_is_read(split, serve, tmp_path, monkeypatch):

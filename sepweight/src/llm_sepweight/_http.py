@@ -6,8 +6,9 @@ import re
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -20,6 +21,7 @@ from llm_sepweight._remote import START, PassingError, Remote, RemoteFile, shown
 SLOWEST = 1024  # bytes a second; what brings less for as long as the timeout is taken for dead
 PASSING = (408, 429, 500, 502, 503, 504)  # what a server says that may be better soon
 REDIRECTS = 5
+BRIEF = 64 << 10  # bytes; a redirect that says it is longer is left unread
 PLAIN = {"Accept-Encoding": "identity"}
 LINKED = "linked "  # begins a version that the hub tells
 OURS = {"accept-encoding", "range", "if-range"}  # headers that nobody else sets
@@ -49,8 +51,6 @@ class HttpRemote(Remote):
                 headers=self._headers,
                 timeout=self.timeout,
                 verify=self._certificates,
-                follow_redirects=True,
-                max_redirects=REDIRECTS,
                 event_hooks={"request": [self._keep_to_ourselves]},
             )
             self._own.line = _Line(client, self.timeout, self._stopped)
@@ -116,15 +116,19 @@ class HttpRemote(Remote):
         """The answer to one request, its body still to be read. What is wrong with the way there is PassingError."""
         line = self._line()
         try:
-            with line.ask(self._url_of(name), headers) as response:
-                chain = [step.url.scheme for step in (*response.history, response)]
-                if "http" in chain[chain.index("https") :] if "https" in chain else False:
-                    remedy = "Ask whoever runs the server."
-                    raise WeightError("the server leads from https to http", file=self.where(name), remedy=remedy)
-                yield response
-        except httpx2.TooManyRedirects:
-            problem = f"the server redirects more than {REDIRECTS} times"
-            raise WeightError(problem, file=self.where(name), remedy="Check the URL.") from None
+            request = line.client.build_request("GET", self._url_of(name), headers=headers)
+            history: list[httpx2.Response] = []
+            while True:
+                with line.ask(request) as response:
+                    if response.next_request is None:
+                        response.history = history
+                        yield response
+                        return
+                    self._pass_redirect(response, response.next_request, name)
+                request, history = response.next_request, [*history, response]
+                if len(history) > REDIRECTS:
+                    problem = f"the server redirects more than {REDIRECTS} times"
+                    raise WeightError(problem, file=self.where(name), remedy="Check the URL.")
         except httpx2.TimeoutException as error:
             raise PassingError(f"no answer for {self.timeout:g} s", file=self.where(name)) from error
         except (httpx2.NetworkError, httpx2.RemoteProtocolError, httpx2.ProxyError) as error:
@@ -133,6 +137,14 @@ class HttpRemote(Remote):
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             problem = f"cannot be asked for: {words(error)}"
             raise WeightError(problem, file=self.where(name), remedy="Check the URL.") from error
+
+    def _pass_redirect(self, response: httpx2.Response, onward: httpx2.Request, name: str) -> None:
+        """Refuse one that gives up https; read one that is brief, after which its connection can be used again."""
+        if (response.url.scheme, onward.url.scheme) == ("https", "http"):
+            remedy = "Ask whoever runs the server."
+            raise WeightError("the server leads from https to http", file=self.where(name), remedy=remedy)
+        if int(response.headers.get("Content-Length", BRIEF + 1)) <= BRIEF:
+            deque(self._pieces(response, name, BRIEF), maxlen=0)
 
     def _url_of(self, name: str) -> str:
         path = f"{self._url.path.rstrip('/')}/{quote(name)}"
@@ -212,9 +224,11 @@ class _Line:
         self._stopped = stopped
         self._sockets: list[socket.socket] = []
 
-    def ask(self, url: str, headers: Mapping[str, str]) -> AbstractContextManager[httpx2.Response]:
+    def ask(self, request: httpx2.Request) -> AbstractContextManager[httpx2.Response]:
+        """The answer, its body still to be read. A redirect is not followed: the client would read all of its body."""
         self.late = False
-        return self.client.stream("GET", url, headers=headers, extensions={"trace": self._happens})
+        request.extensions["trace"] = self._happens
+        return closing(self.client.send(request, stream=True, follow_redirects=False))
 
     def cut(self) -> None:
         """End what the thread waits for, with an error."""
