@@ -361,6 +361,17 @@ def test_what_an_interrupted_fetch_left_is_not_believed_once_it_is_damaged(split
     assert_same_files(tmp_path / "node", split, names_in(split))
 
 
+@pytest.mark.parametrize("more", [1, 4096, 1 << 40])
+def test_a_record_that_says_more_than_there_is_is_not_believed(checkpoint, split, layout, tmp_path, more):
+    interrupted(checkpoint, "f", tmp_path / "node", layout=layout)
+    record = tmp_path / "node/.sepweight.fetch"
+    *lines, last = [json.loads(line) for line in record.read_text().splitlines() if line]
+    last["nbytes"] += more
+    record.write_text("\n".join(map(json.dumps, [*lines, last])))
+    fetch(checkpoint, "f", tmp_path / "node", layout=layout)
+    assert_same_files(tmp_path / "node", split, names_in(split) - {"sepweight.json"})
+
+
 @pytest.mark.parametrize("form", ["file://{}", "{}"])
 def test_a_directory_is_a_source_too(form, checkpoint, split, layout, tmp_path):
     fetch(form.format(split), "1:3", tmp_path / "node")

@@ -132,12 +132,14 @@ class _Record:
 
     def start(self, each: Download) -> _Start:
         """How far a file has come, as its bytes prove."""
-        nbytes, checksum = self._lines.get((each.name, each.of), (0, ""))
+        nbytes, text = self._lines.get((each.name, each.of), (0, ""))
         path = self.path.with_name(each.name)
-        for place in (path, temporary(path)) if nbytes else ():
-            start = _Start(nbytes, _checksum_of(place, nbytes), in_place=place == path and nbytes == each.nbytes)
-            if start.checksum.text == checksum and (start.in_place or place != path):
-                return start
+        places = [path] if nbytes == each.nbytes else []
+        places += [temporary(path)] if 0 < nbytes <= each.nbytes else []
+        for place in places:
+            found = _checksum_of(place, nbytes)
+            if found is not None and found.text == text:
+                return _Start(nbytes, found, in_place=place == path)
         return _Start()
 
     def add(self, each: Download, nbytes: int, checksum: Checksum) -> None:
@@ -229,12 +231,12 @@ def _finish(each: Download, path: Path, checksum: str) -> None:
     put_in_place(path)
 
 
-def _checksum_of(path: Path, nbytes: int) -> Checksum:
-    """That of the first `nbytes` bytes, as far as they are there."""
+def _checksum_of(path: Path, nbytes: int) -> Checksum | None:
+    """That of the first `nbytes` bytes, if there are as many."""
     checksum = Checksum()
     with naming(path):
-        if not path.is_file():
-            return checksum
+        if not path.is_file() or path.stat().st_size < nbytes:
+            return None
         with FileIO(path) as file:
             while nbytes and (data := file.read(min(nbytes, WINDOW))):
                 checksum.update(data)
