@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import json
 import shutil
 import signal
 import threading
@@ -401,6 +402,46 @@ def test_where_no_version_is_told_a_checkpoint_is_refused_and_checksums_do(check
     with pytest.raises(WeightError, match="neither ETag nor Last-Modified"):
         fetch(old.url, "0:1", tmp_path / "node", layout=layout)
     fetch(new.url, "0:1", tmp_path / "node")
+
+
+@pytest.mark.parametrize("destination", ["new", "with this config.json"])
+def test_the_config_that_is_written_is_the_one_that_the_plan_went_by(checkpoint, serve, layout, tmp_path, destination):
+    server, config = serve(checkpoint), (checkpoint / "config.json").read_bytes()
+    if destination != "new":
+        (tmp_path / "node").mkdir()
+        (tmp_path / "node/config.json").write_bytes(config)
+
+    def trick(request) -> bool:
+        if wants_weights(request):
+            (checkpoint / "config.json").write_text('{"another": 1}')
+        return False
+
+    server.trick = trick
+    fetch(server.url, "0:1", tmp_path / "node", layout=layout)
+    assert (tmp_path / "node/config.json").read_bytes() == config
+    with llm_sepweight.open(tmp_path / "node") as weights:
+        assert weights.config == json.loads(config)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_small_file_of_which_nothing_tells_the_end_is_refused(checkpoint, serve, layout, tmp_path, chunked):
+    server = serve(checkpoint)
+
+    def trick(request) -> bool:
+        if request.name != "tokenizer.json":
+            return False
+        coding = "chunked" if chunked else None
+        request.answer(200, b"2\r\n{}\r\n0\r\n\r\n" if chunked else b"{", Content_Length=None, Transfer_Encoding=coding)
+        request.close_connection = True
+        return True
+
+    server.trick = trick
+    if chunked:
+        fetch(server.url, "0:1", tmp_path / "node", layout=layout)
+        assert (tmp_path / "node/tokenizer.json").read_bytes() == b"{}"
+    else:
+        with pytest.raises(WeightError, match="does not say how long it is.*tokenizer.json"):
+            fetch(server.url, "0:1", tmp_path / "node", layout=layout)
 
 
 def test_a_flipped_bit_is_found_and_nothing_of_the_file_stays(split, serve, tmp_path):

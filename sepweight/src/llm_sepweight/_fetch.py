@@ -51,6 +51,7 @@ class Found:
     offered: dict[str, PartInfo]  # all that the source's own manifest has
     downloads: dict[str, Download]
     companions: dict[str, FileInfo | None]
+    read: dict[str, bytes | None]  # what the plan goes by: asked for again, it might be another
 
     @property
     def model(self) -> str:
@@ -165,7 +166,7 @@ def _in_directory(remote: Remote, whole: Manifest, spec: str, pool: ThreadPoolEx
         )
         for part, info in manifest.parts.items()
     }
-    return Found(manifest, whole.parts, downloads, dict(manifest.files))
+    return Found(manifest, whole.parts, downloads, dict(manifest.files), {})
 
 
 def _in_checkpoint(remote: Remote, spec: str, layout: Layout, pool: ThreadPoolExecutor) -> Found:
@@ -203,7 +204,8 @@ def _in_checkpoint(remote: Remote, spec: str, layout: Layout, pool: ThreadPoolEx
     )
     names = remote.names()
     listed = [name for name in names or () if travels_along(name)]
-    return Found(manifest, {}, downloads, dict.fromkeys(GUESSED if names is None else sorted(listed)))
+    companions = dict.fromkeys(GUESSED if names is None else sorted(listed))
+    return Found(manifest, {}, downloads, companions, {"config.json": config_data})
 
 
 def _shards(remote: Remote) -> dict[str, list[str]]:
@@ -297,7 +299,7 @@ def _check_free(directory: Path, here: Manifest, found: Found, remote: Remote) -
     check_no_weights(directory, {MANIFEST, *(info.file for info in here.parts.values()), *here.files, *written})
     if not written:
         others = [name for name in found.companions if name not in here.files and (directory / name).exists()]
-        data = {name: remote.small(name) for name in others}
+        data = {name: found.read[name] if name in found.read else remote.small(name) for name in others}
         check_same(directory, {name: data for name, data in data.items() if data is not None})
 
 
@@ -312,7 +314,7 @@ def _get_companions(remote: Remote, directory: Path, found: Found, here: Manifes
     for name, info in found.companions.items():
         if info is not None and here.files.get(name) == info and is_sound(directory / name, info):
             continue
-        data = remote.small(name)
+        data = found.read[name] if name in found.read else remote.small(name)
         if data is None:
             if info is not None:
                 problem = "the file is in the manifest, but not at the source"

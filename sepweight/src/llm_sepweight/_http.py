@@ -89,6 +89,9 @@ class HttpRemote(Remote):
             if response.status_code in (404, 410):
                 return None
             self._expect(response, 200, name)
+            if not response.headers.keys() & {"content-length", "transfer-encoding"}:
+                problem = "the server does not say how long it is, so nothing would tell if it came cut short"
+                raise WeightError(problem, file=self.where(name), remedy="Use a server that does.")
             return b"".join(self._pieces(response, name, JSON_LIMIT))
 
     def _find(self, name: str) -> RemoteFile:
