@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 import llm_sepweight
 from llm_sepweight import WeightError, _download, fetch
+from llm_sepweight._catalog import JSON_LIMIT
 
 CONFIG = {"model_type": "tiny", "hidden_size": 24, "rope_theta": 1e4}
 HEADER_START = 8  # bytes of a file that tell its size and, in a shard, how long its header is
@@ -375,6 +376,19 @@ def test_a_directory_is_a_source_too(form, checkpoint, split, layout, tmp_path):
     assert_same_files(tmp_path / "node2", split, names_in(tmp_path / "node2") - {"sepweight.json"})
     with pytest.raises(WeightError, match="source and destination are the same"):
         fetch(split, "1:3", split)
+
+
+def test_what_split_does_not_take_for_a_small_file_fetch_does_not_either(checkpoint, layout, tmp_path):
+    (checkpoint / "LICENSES").mkdir()
+    (checkpoint / "folder.json").symlink_to("LICENSES")
+    (checkpoint / "gone.json").symlink_to("nowhere")
+    (checkpoint / "vocab.txt").symlink_to("tokenizer.json")
+    with (checkpoint / "samples.txt").open("wb") as file:
+        file.truncate(JSON_LIMIT + 1)
+    llm_sepweight.split(checkpoint, tmp_path / "split", layout=layout)
+    fetch(checkpoint, "f", tmp_path / "node", layout=layout, retries=0)
+    assert names_in(tmp_path / "node") == names_in(tmp_path / "split")
+    assert_same_files(tmp_path / "node", tmp_path / "split", names_in(tmp_path / "node") - {"sepweight.json"})
 
 
 def test_a_bucket_is_a_source_too(split, serve, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ import pytest
 
 import llm_sepweight
 from llm_sepweight import WeightError, _download, _remote, fetch
+from llm_sepweight._catalog import JSON_LIMIT
 
 Trick = Callable[..., object]
 BOMB = gzip.compress(bytes(32 << 20))
@@ -265,6 +266,19 @@ def test_whichever_file_a_server_withholds_is_named(split, serve, layout, tmp_pa
     where = server.url if (name, number) == ("sepweight.json", 404) else f"{server.url}/{name}"
     assert error.value.file == where
     assert not (tmp_path / "node/sepweight.json").exists()
+    assert not any(wants_weights(request) for request in server.requests) or name.endswith(".safetensors")
+
+
+def test_a_file_that_says_it_is_no_small_one_stays_where_it_is(checkpoint, serve, layout, tmp_path):
+    server = serve(checkpoint)
+
+    def trick(request) -> bool:
+        request.close_connection = request.name == "vocab.txt"
+        return request.name == "vocab.txt" and request.answer(200, Content_Length=str(JSON_LIMIT + 1)) is None
+
+    server.trick = trick
+    fetch(server.url, "0:1", tmp_path / "node", layout=layout)
+    assert not (tmp_path / "node/vocab.txt").exists()
 
 
 def ask_for_all(server, trick: Trick, destination: Path, layout, error: type[BaseException]) -> None:

@@ -31,7 +31,7 @@ from llm_sepweight._manifest import (
 )
 from llm_sepweight._parts import clear_finished, clear_stage, is_sound, tool
 from llm_sepweight._plan import PlannedPart, plan
-from llm_sepweight._remote import START, Remote, RemoteFile, open_remote
+from llm_sepweight._remote import START, Remote, RemoteFile, TooLargeError, open_remote
 from llm_sepweight._source import travels_along
 from llm_sepweight._writing import locked, write_bytes
 
@@ -99,7 +99,7 @@ def fetch(
         found = _find(remote, spec, layout, pool)
         with locked(directory):
             here = _here(directory, found, remote)
-            _check_free(directory, here, found, remote)
+            small = _small_files(remote, directory, here, found)
             missing = {
                 part: each for part, each in found.downloads.items() if not _is_here(directory, here.parts.get(part))
             }
@@ -111,7 +111,9 @@ def fetch(
                 at_once=2 * connections,
                 progress=progress or (lambda done, total: None),
             )
-            files = here.files | _get_companions(remote, directory, found, here)
+            for name, data in small.items():
+                write_bytes(directory / name, data)
+            files = here.files | {name: FileInfo(len(data), checksum(data)) for name, data in small.items()}
             parts = here.parts | {
                 part: replace(found.manifest.parts[part], checksum=checksums[each.name])
                 for part, each in missing.items()
@@ -293,39 +295,46 @@ def _here(directory: Path, found: Found, remote: Remote) -> Manifest:
     return here
 
 
-def _check_free(directory: Path, here: Manifest, found: Found, remote: Remote) -> None:
-    """Raises WeightError where the destination holds weights, or small files, that no fetch of this model to it wrote."""
-    written = files_begun(directory, found.model)
-    check_no_weights(directory, {MANIFEST, *(info.file for info in here.parts.values()), *here.files, *written})
-    if not written:
-        others = [name for name in found.companions if name not in here.files and (directory / name).exists()]
-        data = {name: found.read[name] if name in found.read else remote.small(name) for name in others}
-        check_same(directory, {name: data for name, data in data.items() if data is not None})
+def _small_files(remote: Remote, directory: Path, here: Manifest, found: Found) -> dict[str, bytes]:
+    """The small files that are not here yet, to be written last.
+
+    Raises WeightError where the destination holds weights, or small files, that no fetch of this model to it wrote.
+    """
+    begun = files_begun(directory, found.model)
+    check_no_weights(directory, {MANIFEST, *(info.file for info in here.parts.values()), *here.files, *begun})
+    files = {
+        name: _small(remote, name, info, found)
+        for name, info in found.companions.items()
+        if info is None or here.files.get(name) != info or not is_sound(directory / name, info)
+    }
+    small = {name: data for name, data in files.items() if data is not None}
+    if not begun:
+        check_same(directory, {name: data for name, data in small.items() if name not in here.files})
+    return small
+
+
+def _small(remote: Remote, name: str, info: FileInfo | None, found: Found) -> bytes | None:
+    """One of them as the source has it; None where that has none, or one that `split` takes for none."""
+    try:
+        data = found.read[name] if name in found.read else remote.small(name)
+    except TooLargeError:
+        if info is not None:
+            raise
+        return None
+    if info is None:
+        return data
+    if data is None:
+        problem = "the file is in the manifest, but not at the source"
+        raise WeightError(problem, file=remote.where(name), remedy="Verify the source.")
+    if (came := FileInfo(len(data), checksum(data))) != info:
+        problem = f"{came.nbytes} bytes came with the checksum {came.checksum}, not those of the manifest"
+        raise WeightError(problem, file=remote.where(name), remedy="Verify the source, then fetch again.")
+    return data
 
 
 def _is_here(directory: Path, info: PartInfo | None) -> bool:
     """Whether a part's file, which the destination's manifest names, is there, byte for byte."""
     return info is not None and is_sound(directory / info.file, info)
-
-
-def _get_companions(remote: Remote, directory: Path, found: Found, here: Manifest) -> dict[str, FileInfo]:
-    """The small files, those that are new written."""
-    infos: dict[str, FileInfo] = {}
-    for name, info in found.companions.items():
-        if info is not None and here.files.get(name) == info and is_sound(directory / name, info):
-            continue
-        data = found.read[name] if name in found.read else remote.small(name)
-        if data is None:
-            if info is not None:
-                problem = "the file is in the manifest, but not at the source"
-                raise WeightError(problem, file=remote.where(name), remedy="Verify the source.")
-            continue
-        infos[name] = FileInfo(len(data), checksum(data))
-        if info is not None and infos[name] != info:
-            problem = f"{len(data)} bytes came with the checksum {infos[name].checksum}, not those of the manifest"
-            raise WeightError(problem, file=remote.where(name), remedy="Verify the source, then fetch again.")
-        write_bytes(directory / name, data)
-    return infos
 
 
 def _json(data: bytes, where: str, parse: Callable[[bytes], dict[str, Any]] = parse_json) -> dict[str, Any]:

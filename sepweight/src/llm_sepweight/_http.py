@@ -16,7 +16,7 @@ import httpx2
 
 from llm_sepweight._catalog import JSON_LIMIT
 from llm_sepweight._errors import WeightError
-from llm_sepweight._remote import START, PassingError, Remote, RemoteFile, shown, words
+from llm_sepweight._remote import START, PassingError, Remote, RemoteFile, TooLargeError, shown, words
 
 SLOWEST = 1024  # bytes a second; what brings less for as long as the timeout is taken for dead
 PASSING = (408, 429, 500, 502, 503, 504)  # what a server says that may be better soon
@@ -92,6 +92,8 @@ class HttpRemote(Remote):
             if not response.headers.keys() & {"content-length", "transfer-encoding"}:
                 problem = "the server does not say how long it is, so nothing would tell if it came cut short"
                 raise WeightError(problem, file=self.where(name), remedy="Use a server that does.")
+            if (nbytes := int(response.headers.get("Content-Length", 0))) > JSON_LIMIT:
+                raise TooLargeError(nbytes, self.where(name))
             return b"".join(self._pieces(response, name, JSON_LIMIT))
 
     def _find(self, name: str) -> RemoteFile:

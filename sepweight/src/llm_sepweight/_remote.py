@@ -35,6 +35,13 @@ class PassingError(WeightError):
     after: float = 0
 
 
+class TooLargeError(WeightError):
+    """A file that is no small one."""
+
+    def __init__(self, nbytes: int, file: str) -> None:
+        super().__init__(f"{nbytes} bytes are too many for such a file", file=file)
+
+
 class Remote(ABC):
     """A directory that lies elsewhere. Its methods may be called by several threads."""
 
@@ -49,7 +56,7 @@ class Remote(ABC):
         """All files; None where the source does not list them."""
 
     def small(self, name: str) -> bytes | None:
-        """A whole small file; None where there is none."""
+        """A whole small file; None where there is none. Raises TooLargeError for one that is not small."""
         return self._patiently(lambda: self._small(name))
 
     def find(self, name: str) -> RemoteFile:
@@ -156,15 +163,16 @@ class FileSystemRemote(Remote):
     def names(self) -> Sequence[str]:
         with self._named(""):
             self._files.invalidate_cache()
-            found = self._files.ls(self._root, detail=False)
-        return [str(path).rstrip("/").rsplit("/", 1)[-1] for path in found]
+            found = self._files.ls(self._root, detail=True)
+            paths = [each["name"] for each in found if self._is_file(each)]
+        return [path.rsplit("/", 1)[-1] for path in paths]
 
     def _small(self, name: str) -> bytes | None:
         try:
             with self._named(name):
                 size = self._files.info(self._path(name))["size"]
                 if size > JSON_LIMIT:
-                    raise WeightError(f"{size} bytes are too many for such a file", file=self.where(name))
+                    raise TooLargeError(size, self.where(name))
                 return self._files.cat_file(self._path(name))
         except MissingError:
             return None
@@ -191,6 +199,10 @@ class FileSystemRemote(Remote):
 
     def close(self) -> None:
         pass  # fsspec keeps its connections for others to use
+
+    def _is_file(self, info: Mapping[str, Any]) -> bool:
+        kind = info["type"]
+        return kind == "file" or (kind != "directory" and self._files.isfile(info["name"]))  # it may be a link to one
 
     def _facts(self, name: str) -> tuple[int, str]:
         self._files.invalidate_cache()
