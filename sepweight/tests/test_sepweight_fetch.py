@@ -368,6 +368,21 @@ def test_a_record_that_says_more_than_there_is_is_not_believed(checkpoint, split
     assert_same_files(tmp_path / "node", split, names_in(split) - {"sepweight.json"})
 
 
+@pytest.mark.parametrize("key", ["model", "name", "of", "nbytes", "checksum"])
+@pytest.mark.parametrize("value", [None, -1, 0.5, "x", ["x"]])
+def test_a_record_that_is_damaged_is_none(split, tmp_path, key, value):
+    def interrupt(done: int, total: int) -> None:
+        if done > 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch(split, "1:2", tmp_path / "node", progress=interrupt)
+    record = tmp_path / "node/.sepweight.fetch"
+    record.write_text(json.dumps({**json.loads(record.read_text()), key: value}))
+    fetch(split, "1:2", tmp_path / "node")
+    assert_same_files(tmp_path / "node", split, {"mid.00001.safetensors", "config.json", "tokenizer.json"})
+
+
 @pytest.mark.parametrize("form", ["file://{}", "{}"])
 def test_a_directory_is_a_source_too(form, checkpoint, split, layout, tmp_path):
     fetch(form.format(split), "1:3", tmp_path / "node")

@@ -118,13 +118,16 @@ class _Record:
         for line in data.split(b"\n"):
             try:
                 fields = parse_json(line)
-                name = plain_file_name(fields["name"], file=path)
+                name, of = plain_file_name(fields["name"], file=path), fields["of"]
+                nbytes, text = fields["nbytes"], fields["checksum"]
+                if (type(of), type(nbytes), type(text)) != (str, int, str):
+                    raise ValueError("no line of a record")
                 if fields["model"] == model:
-                    self._lines[name, fields["of"]] = fields["nbytes"], fields["checksum"]
+                    self._lines[name, of] = nbytes, text
                 else:
                     self._others.add(name)
             except (ValueError, KeyError, RecursionError):
-                continue  # cut short as its writer was killed
+                continue  # cut short as its writer was killed, or damaged
 
     @property
     def names(self) -> set[str]:
