@@ -11,6 +11,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable
+from email.utils import formatdate
 from pathlib import Path
 
 import httpx2
@@ -368,6 +369,43 @@ def test_a_pause_that_the_server_asks_for_is_kept_and_one_too_long_is_not(split,
     server.trick = fails_at_first(1, lambda request: request.answer(503, Retry_After="86400"))
     with pytest.raises(WeightError, match="503 Service Unavailable; given up after 1 tries"):
         fetch(server.url, "1:2", tmp_path / "node")
+
+
+def test_a_pause_may_be_asked_for_by_a_date(split, serve, tmp_path):
+    def busy_for(seconds: float) -> Trick:
+        return fails_at_first(
+            1, lambda request: request.answer(503, Retry_After=formatdate(time.time() + seconds, usegmt=True))
+        )
+
+    server = serve(split)
+    server.trick = busy_for(86400)
+    with pytest.raises(WeightError, match="503 Service Unavailable; given up after 1 tries"):
+        fetch(server.url, "0:1", tmp_path / "node")
+    busy = busy_for(2)
+    server.trick = lambda request: request.name == "config.json" and busy(request)
+    start = time.monotonic()
+    fetch(server.url, "0:1", tmp_path / "node", connections=1)
+    assert time.monotonic() - start > 0.9  # a date has whole seconds
+
+
+@pytest.mark.parametrize("said", ["Sat, 01 Jan 2000 00:00:00 GMT", "soon", "", "-1", "1.5", "9" * 20])
+def test_a_pause_that_cannot_be_is_an_ordinary_one(split, serve, tmp_path, said):
+    server = serve(split)
+    server.trick = fails_at_first(1, lambda request: request.answer(503, Retry_After=said))
+    fetch(server.url, "0:1", tmp_path / "node")
+
+
+@pytest.mark.parametrize("answer", [status(503), status(429), resetting])
+def test_a_hub_that_recovers_is_asked_again(serve, tmp_path, monkeypatch, answer):
+    hub = serve(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url.removesuffix("/model"))
+    fails = fails_at_first(2, answer)
+    found = json.dumps({"id": "owner/name", "sha": "c0ffee", "siblings": [{"rfilename": "config.json"}]}).encode()
+    hub.trick = lambda request: fails(request) or request.answer(200, found) is None
+    with pytest.raises(WeightError, match="hub.*; given up after 2 tries.*hf://owner/name"):
+        fetch("hf://owner/name", "f", tmp_path / "node", retries=1)
+    with _remote.open_remote("hf://owner/name", headers={}, timeout=5, retries=1) as remote:
+        assert remote.names() == ["config.json"]
 
 
 def test_a_file_that_changes_between_two_ranges_is_never_pieced_together(source, split, serve, layout, tmp_path):

@@ -1,4 +1,4 @@
-"""Files on a web server that does ranges, the Hugging Face hub among them."""
+"""Files on a web server that does ranges."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -23,6 +24,7 @@ PASSING = (408, 429, 500, 502, 503, 504)  # what a server says that may be bette
 REDIRECTS = 5
 BRIEF = 64 << 10  # bytes; a redirect that says it is longer is left unread
 PLAIN = {"Accept-Encoding": "identity"}
+FAILING = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError, httpx2.ProxyError)  # on the way
 LINKED = "linked "  # begins a version that the hub tells
 OURS = {"accept-encoding", "range", "if-range"}  # headers that nobody else sets
 
@@ -136,7 +138,7 @@ class HttpRemote(Remote):
                     raise WeightError(problem, file=self.where(name), remedy="Check the URL.")
         except httpx2.TimeoutException as error:
             raise PassingError(f"no answer for {self.timeout:g} s", file=self.where(name)) from error
-        except (httpx2.NetworkError, httpx2.RemoteProtocolError, httpx2.ProxyError) as error:
+        except FAILING as error:
             problem = f"no answer for {self.timeout:g} s" if line.late else f"the connection failed: {words(error)}"
             raise PassingError(problem, file=self.where(name)) from error
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
@@ -177,9 +179,7 @@ class HttpRemote(Remote):
         if found != status:
             problem = f"the server answers {found} {response.reason_phrase}".rstrip()
             if found in PASSING:
-                error = PassingError(problem, file=self.where(name), remedy="Try again later.")
-                error.after = _retry_after(response)
-                raise error
+                raise passing(problem, self.where(name), response)
             raise WeightError(problem, file=self.where(name), remedy=self._remedy(found))
         if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
             problem = f"the server sends it encoded as {encoding}, unasked"
@@ -260,35 +260,11 @@ class _Line:
         self.cut()
 
 
-class HubRemote(HttpRemote):
-    """A model on the Hugging Face hub, hf://owner/name or hf://owner/name@revision, at one commit."""
-
-    def __init__(self, uri: str, headers: Mapping[str, str], *, timeout: float, retries: int) -> None:
-        import huggingface_hub
-        from huggingface_hub.utils import build_hf_headers
-
-        try:
-            repo = huggingface_hub.parse_hf_uri(uri)
-            if repo.type != "model" or repo.path_in_repo:
-                raise ValueError("a model is needed, as in hf://owner/name or hf://owner/name@revision")
-            info = huggingface_hub.HfApi().model_info(repo.id, revision=repo.revision, timeout=timeout)
-        except (httpx2.HTTPError, OSError, ValueError) as error:
-            problem = f"the model cannot be found on the hub: {words(error)}"
-            remedy = "Check the name; for a private or gated model set HF_TOKEN."
-            raise WeightError(problem, file=uri, remedy=remedy) from error
-        self._names = [file.rfilename for file in info.siblings or []]
-        probe = huggingface_hub.hf_hub_url(repo.id, "x", revision=info.sha)
-        url = probe.removesuffix("/x")
-        super().__init__(url, {**build_hf_headers(), **headers}, timeout=timeout, retries=retries)
-        self.name = f"hf://{repo.id}@{info.sha}"
-
-    def names(self) -> Sequence[str]:
-        return self._names
-
-    def _remedy(self, status: int) -> str:
-        if status in (401, 403):
-            return "Ask for access on the model's page, and set HF_TOKEN."
-        return super()._remedy(status)
+def passing(problem: str, where: str, response: httpx2.Response) -> PassingError:
+    """What is wrong with an answer of one of the PASSING kinds, and for how long."""
+    error = PassingError(problem, file=where, remedy="Try again later.")
+    error.after = _retry_after(response)
+    return error
 
 
 def _origin(url: httpx2.URL) -> tuple[str, str, int | None]:
@@ -304,5 +280,11 @@ def _version(response: httpx2.Response) -> str | None:
 
 
 def _retry_after(response: httpx2.Response) -> float:
+    """Seconds; the server says so many, or a date."""
     said = response.headers.get("Retry-After", "")
-    return float(said) if re.fullmatch(r"\d{1,9}", said) else 0.0
+    if re.fullmatch(r"\d{1,9}", said):
+        return float(said)
+    try:
+        return parsedate_to_datetime(said).timestamp() - time.time()
+    except (ValueError, OverflowError):
+        return 0.0

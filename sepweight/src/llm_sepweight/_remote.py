@@ -97,23 +97,28 @@ class Remote(ABC):
     def _read(self, file: RemoteFile, offset: int, out: memoryview) -> None: ...
 
     def _patiently(self, attempt: Callable[[], T]) -> T:
-        for tries in range(1, self.retries + 2):
-            if self._stopped.is_set():
-                raise WeightError("stopped", file=self.name)
-            try:
-                return attempt()
-            except PassingError as error:
-                if tries > self.retries or error.after > LONGEST_PAUSE:
-                    problem = f"{error.problem}; given up after {tries} tries"
-                    raise WeightError(problem, file=error.file, remedy=error.remedy) from error
-                pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (tries - 1) * random.uniform(0.5, 1))
-                if self._stopped.wait(max(pause, error.after)):
-                    raise
-        raise AssertionError("the last try returns or raises")
+        return patiently(attempt, retries=self.retries, stopped=self._stopped, name=self.name)
 
     def _changed(self, name: str) -> WeightError:
         problem = "the file was changed at the source while it was read"
         return WeightError(problem, file=self.where(name), remedy="Fetch again.")
+
+
+def patiently(attempt: Callable[[], T], *, retries: int, stopped: threading.Event, name: str) -> T:
+    """What an attempt gives; after a failure that may pass, and a pause, it is made again."""
+    for tries in range(1, retries + 2):
+        if stopped.is_set():
+            raise WeightError("stopped", file=name)
+        try:
+            return attempt()
+        except PassingError as error:
+            if tries > retries or error.after > LONGEST_PAUSE:
+                problem = f"{error.problem}; given up after {tries} tries"
+                raise WeightError(problem, file=error.file, remedy=error.remedy) from error
+            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (tries - 1) * random.uniform(0.5, 1))
+            if stopped.wait(max(pause, error.after)):
+                raise
+    raise AssertionError("the last try returns or raises")
 
 
 @contextmanager
@@ -129,7 +134,7 @@ def open_remote(source: str, *, headers: Mapping[str, str], timeout: float, retr
 
             opened: Remote = HttpRemote(source, headers, timeout=timeout, retries=retries)
         elif scheme == "hf":
-            from llm_sepweight._http import HubRemote
+            from llm_sepweight._hub import HubRemote
 
             opened = HubRemote(source, headers, timeout=timeout, retries=retries)
         else:
