@@ -496,6 +496,7 @@ def test_a_library_that_is_missing_is_said_with_how_to_install_it(tmp_path, monk
         ("file:///there/is/nothing", "there is no sepweight.json here"),
         ("hf://name", "must be 'namespace/name'"),
         ("http://[::1", "no valid address"),
+        ("ftp://user:secret@127.0.0.1:1/x", r"cannot be reached: .*\(file ftp://127.0.0.1:1/x\). Check the address."),
         (
             "http://user:secret@127.0.0.1:1/x?key=secret",
             r"^the connection failed: .*\(file http://127.0.0.1:1/x/sepweight.json\)$",

@@ -164,6 +164,11 @@ class FileSystemRemote(Remote):
         except ValueError as error:
             remedy = "Sources are http(s)://, hf://owner/name, s3://, file:// or a path."
             raise WeightError(f"this is no source: {error}", file=self.name, remedy=remedy) from error
+        except ImportError:
+            raise
+        except Exception as error:  # some ask the server at once, and have errors of their own
+            problem = f"the source cannot be reached: {words(error)}"
+            raise WeightError(problem, file=self.name, remedy="Check the address.") from error
 
     def names(self) -> Sequence[str]:
         with self._named(""):
