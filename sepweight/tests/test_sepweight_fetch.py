@@ -309,6 +309,22 @@ def test_an_interrupted_fetch_goes_on_after_another_of_the_same_model(kind, chec
     assert_same_files(tmp_path / "node", split, names_in(split) - {"sepweight.json"})
 
 
+def test_a_fetch_that_was_killed_as_it_wrote_its_record_anew_leaves_nothing_for_ever(split, tmp_path, monkeypatch):
+    interrupted(split, "f", tmp_path / "node")
+
+    def killed(path: Path, data: bytes) -> None:
+        path.with_name(f".{path.name}.partial").write_bytes(data[:-1])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as moment:
+        moment.setattr(_download, "write_bytes", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fetch(split, "b", tmp_path / "node")
+    assert "..sepweight.fetch.partial" in names_in(tmp_path / "node")
+    fetch(split, "f", tmp_path / "node")
+    assert names_in(tmp_path / "node") == names_in(split)
+
+
 def test_a_file_bears_its_name_only_once_the_record_of_it_is_on_the_disk(split, tmp_path, monkeypatch):
     record, synced = tmp_path / "node" / ".sepweight.fetch", {}
     real_sync, real_replace = os.fsync, os.replace

@@ -166,6 +166,7 @@ class _Record:
         if lines := [self._line(name, of) for name, of in self._lines if name not in complete]:
             write_bytes(self.path, b"".join(lines))
         elif self.path.exists():
+            remove(temporary(self.path))  # left by whoever was killed as it wrote the record anew
             remove(self.path)
 
     def _line(self, name: str, of: str) -> bytes:
