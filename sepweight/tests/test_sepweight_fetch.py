@@ -422,6 +422,16 @@ def test_what_split_does_not_take_for_a_small_file_fetch_does_not_either(checkpo
     assert_same_files(tmp_path / "node", tmp_path / "split", names_in(tmp_path / "node") - {"sepweight.json"})
 
 
+@pytest.mark.parametrize("name", ["Tokenizer.json", "a\\b.txt"])
+def test_small_files_that_no_manifest_can_name_are_refused_before_any_weights(checkpoint, layout, tmp_path, name):
+    (checkpoint / name).write_text("x")
+    progress: list[int] = []
+    with pytest.raises(WeightError, match="Change that at the source, then fetch again"):
+        fetch(checkpoint, "b", tmp_path / "node", layout=layout, progress=lambda done, total: progress.append(done))
+    assert progress == []
+    assert not (tmp_path / "node").exists()
+
+
 def test_a_bucket_is_a_source_too(split, serve, tmp_path, monkeypatch):
     server = serve(split)
     for name, value in {

@@ -21,6 +21,7 @@ from llm_sepweight._header import header_length, parse_header
 from llm_sepweight._journal import read_journal
 from llm_sepweight._manifest import (
     MANIFEST,
+    UNSEALED,
     FileInfo,
     Manifest,
     PartInfo,
@@ -103,6 +104,8 @@ def fetch(
             missing = {
                 part: each for part, each in found.downloads.items() if not _is_here(directory, here.parts.get(part))
             }
+            unknown = {each.name: UNSEALED for each in missing.values()}
+            _complete(directory, here, found, small, unknown)  # raises before anything is asked for
             checksums = download(
                 list(missing.values()),
                 directory,
@@ -113,15 +116,8 @@ def fetch(
             )
             for name, data in small.items():
                 write_bytes(directory / name, data)
-            files = here.files | {name: FileInfo(len(data), checksum(data)) for name, data in small.items()}
-            parts = here.parts | {
-                part: replace(found.manifest.parts[part], checksum=checksums[each.name])
-                for part, each in missing.items()
-            }
-            manifest = replace(found.manifest, parts=in_order(parts), files=files)
-            data = manifest.to_bytes()
-            parse_manifest(data, directory / MANIFEST)
-            write_bytes(directory / MANIFEST, data)
+            manifest = _complete(directory, here, found, small, checksums)
+            write_bytes(directory / MANIFEST, manifest.to_bytes())
             forget(directory, found.model, [info.file for info in manifest.parts.values()])
 
 
@@ -330,6 +326,22 @@ def _small(remote: Remote, name: str, info: FileInfo | None, found: Found) -> by
         problem = f"{came.nbytes} bytes came with the checksum {came.checksum}, not those of the manifest"
         raise WeightError(problem, file=remote.where(name), remedy="Verify the source, then fetch again.")
     return data
+
+
+def _complete(
+    directory: Path, here: Manifest, found: Found, small: Mapping[str, bytes], checksums: Mapping[str, str]
+) -> Manifest:
+    """The manifest with what is here and the files that have come. Raises WeightError where no reader would take it."""
+    came = {part: info for part, info in found.manifest.parts.items() if info.file in checksums}
+    parts = here.parts | {part: replace(info, checksum=checksums[info.file]) for part, info in came.items()}
+    files = here.files | {name: FileInfo(len(data), checksum(data)) for name, data in small.items()}
+    manifest = replace(found.manifest, parts=in_order(parts), files=files)
+    try:
+        parse_manifest(manifest.to_bytes(), directory / MANIFEST)
+    except WeightError as error:
+        error.remedy = "Change that at the source, then fetch again."
+        raise
+    return manifest
 
 
 def _is_here(directory: Path, info: PartInfo | None) -> bool:
