@@ -285,3 +285,14 @@ def test_a_padded_head_of_either_model_is_cut_at_vocab_size() -> None:
     generate(Strict(), [[1]], drafter=DraftTree(wider, (2, 1)), speculation="rejection", **options)
     with pytest.raises(ValueError, match="its model has a vocabulary of 16, and forward_func one of 11"):
         generate(causal, [[1]], max_new_tokens=3, drafter=DraftModel(wider))
+
+
+@pytest.mark.parametrize("drafter", [PromptLookup(4, min_match=1), DraftModel(similar, 3)])
+def test_rows_that_gain_different_numbers_of_tokens_are_penalised_where_the_model_alone_knows_pad_id(
+    drafter: Any,
+) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 20, "seed": 1, "frequency_penalty": 0.1, "presence_penalty": 0.2}
+    options |= {"vocab_size": 6, "pad_id": VOCABULARY - 1}
+    prompts = [[1, 2, 3, 1, 2, 3, 1, 2], [4]]
+    plain = generate(causal, prompts, **options)
+    assert generate(Strict(), prompts, drafter=drafter, **options) == plain

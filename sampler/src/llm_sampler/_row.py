@@ -160,12 +160,13 @@ class History:
 
     @cached_property
     def generated(self) -> tuple[Tensor, Tensor]:
-        """What each row generated, [B, G], right-padded with ids of no meaning; and which of them are real, as 1.0."""
+        """What each row generated, [B, G], right-padded with 0; and which of them are real, as 1.0."""
         steps = torch.tensor([row.step for row in self.rows], device=self._device).unsqueeze(-1)
         starts = torch.tensor([row.prompt for row in self.rows], device=self._device).unsqueeze(-1)
         place = torch.arange(max(row.step for row in self.rows), device=self._device)
         ids = self.ids.gather(-1, (starts + place).clamp_(max=self.ids.shape[1] - 1))
-        return ids, (place < steps).float()
+        real = place < steps
+        return ids.masked_fill_(~real, 0), real.float()  # pad_id may be beyond the vocabulary
 
 
 _LN_2 = 0.6931471805599453
