@@ -273,6 +273,23 @@ def test_text_with_branching_drafts_is_that_without(llama: Any, temperature: flo
         assert [row.tokens for row in rows] == [row.tokens for row in plain]
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2, learned positions"])
+def test_text_that_ends_within_the_models_window_ends_there_with_drafts_too(name: str) -> None:
+    forward = llm_sampler.from_huggingface(built(CONFIGS[name]))
+    smaller = llm_sampler.from_huggingface(built(CONFIGS["llama"]), max_length=60)
+    prompts = [ids(117, 3), ids(58, 5)]
+    unbounded = [row.tokens for row in llm_sampler.generate(forward, prompts, max_new_tokens=12, seed=0)]
+    options: dict[str, Any] = {"max_new_tokens": 40, "seed": 0, "stop_ids": [[tokens[-1]] for tokens in unbounded]}
+    plain = [row.tokens for row in llm_sampler.generate(forward, prompts, **options)]
+    for drafter in (
+        llm_sampler.PromptLookup(8, min_match=1, branches=4),
+        llm_sampler.DraftTree(forward, (4, 3, 2)),
+        llm_sampler.DraftModel(smaller, 6),
+    ):
+        rows = llm_sampler.generate(forward, prompts, drafter=drafter, **options)
+        assert [row.tokens for row in rows] == plain
+
+
 def test_models_that_cannot_see_a_tree_say_so() -> None:
     for name, message in (
         ("bloom, alibi from the mask", "takes no position_ids"),

@@ -65,6 +65,22 @@ class Strict:
         return torch.stack(rows)
 
 
+class Windowed(Strict):
+    """A model that has no positions beyond a length."""
+
+    def __init__(self, max_length: int) -> None:
+        super().__init__(longest=max_length)
+        self.max_length = max_length
+
+    def tree_logits(self, ids: Tensor, parents: Tensor) -> Tensor:
+        for own in parents.tolist():
+            positions = {own[0]: own[0]}
+            for at, parent in enumerate(own, own[0] + 1):
+                positions[at] = positions[parent] + 1
+            assert max(positions.values()) < self.max_length
+        return super().tree_logits(ids, parents)
+
+
 class Counting:
     """A processor with state: it must be called once for each token, with the row's own ids."""
 
@@ -296,3 +312,29 @@ def test_rows_that_gain_different_numbers_of_tokens_are_penalised_where_the_mode
     prompts = [[1, 2, 3, 1, 2, 3, 1, 2], [4]]
     plain = generate(causal, prompts, **options)
     assert generate(Strict(), prompts, drafter=drafter, **options) == plain
+
+
+IN_SMALL_WINDOWS: list[Callable[[], Any]] = [
+    lambda: DraftModel(Windowed(9), 4),
+    lambda: DraftTree(Windowed(9), (2, 2, 1)),
+]
+
+
+@pytest.mark.parametrize("drafter", range(len(DRAFTERS + IN_SMALL_WINDOWS)))
+def test_rows_that_end_before_the_models_window_end_there_with_drafts_too(drafter: int) -> None:
+    prompts = [[1, 2, 3, 4, 5, 6, 7], [8, 9]]
+    unbounded = [row.tokens for row in generate(causal, prompts, max_new_tokens=20, seed=0)]
+    steps = [max(step for step in range(20) if tokens[step] not in tokens[:step]) for tokens in unbounded]
+    stops = [[tokens[step]] for tokens, step in zip(unbounded, steps, strict=True)]
+    window = max(len(prompt) + step for prompt, step in zip(prompts, steps, strict=True))
+    options: dict[str, Any] = {"max_new_tokens": 40, "seed": 0, "stop_ids": stops}
+    plain = generate(Windowed(window), prompts, **options)
+    assert {row.finished for row in plain} == {"stop"}
+    drafted = generate(Windowed(window), prompts, drafter=(DRAFTERS + IN_SMALL_WINDOWS)[drafter](), **options)
+    assert [row.tokens for row in drafted] == [row.tokens for row in plain]
+
+
+@pytest.mark.parametrize("limit", [0, 2.5, True, "9"])
+def test_a_max_length_that_is_no_length_is_named(limit: Any) -> None:
+    with pytest.raises(ValueError, match=f"forward_func.max_length is {limit!r}; it must be an integer >= 1, or None"):
+        sample(Windowed(limit), [[1]], max_new_tokens=2)

@@ -21,9 +21,10 @@ class DraftTree:
     """Drafts a tree with a smaller model: `widths[d]` tokens after each of those at depth d.
 
     forward_func: as that of `sample`, called once for each depth; it must have the same tokenizer. The rows' settings
-    apply to its logits as to the model's, but not their processors. Unless all widths are 1, the model needs a
-    forward_func with `tree_logits`. Of the tokens after one, the first is drawn with the very number in [0, 1) with which
-    the model's own will be, the others are the most likely; for speculation by rejection all are drawn independently.
+    apply to its logits as to the model's, but not their processors. Rows longer than its `max_length` get no drafts. Unless
+    all widths are 1, the model needs a forward_func with `tree_logits`. Of the tokens after one, the first is drawn with
+    the very number in [0, 1) with which the model's own will be, the others are the most likely; for speculation by
+    rejection all are drawn independently.
 
     Example:
         >>> import torch
@@ -48,7 +49,7 @@ class DraftTree:
         trees = [_Tree([], [], []) for _ in rows]
         ends = [(index, -1, row.ids) for index, row in enumerate(rows)]  # (row, node, the ids up to it)
         for depth, width in enumerate(self.widths):
-            ends = [end for end in ends if depth < limits[end[0]]]
+            ends = [end for end in ends if depth < limits[end[0]] and len(end[2]) <= self._forward.max_length]
             if not ends:
                 break
             level = [_row_ending_in(rows[index], place, ids) for place, (index, _, ids) in enumerate(ends)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any, TypeAlias
@@ -28,9 +29,8 @@ class Forward:
         self.last_logits = getattr(forward_func, "last_logits", None)
         self.tree_logits = getattr(forward_func, "tree_logits", None)
         self.check_trees = getattr(forward_func, "check_trees", None)
-        self.vocab_size: int | None = plain(getattr(forward_func, "vocab_size", None))  # what it says; ids are below it
-        if not (type(self.vocab_size) is int and self.vocab_size >= 1) and self.vocab_size is not None:
-            raise ValueError(f"forward_func.vocab_size is {self.vocab_size!r}; it must be an integer >= 1, or None")
+        self.vocab_size = _stated(forward_func, "vocab_size")  # ids are below it
+        self.max_length = _stated(forward_func, "max_length") or sys.maxsize  # of a row
         self.vocabulary: int | None = None
         self.device: torch.device | None = None
 
@@ -123,6 +123,14 @@ class Forward:
                 "they must hold values, on the same device each time"
             )
         self.vocabulary, self.device = logits.shape[2], logits.device
+
+
+def _stated(forward_func: ForwardFunc, name: str) -> int | None:
+    """A number that a forward function may say of itself."""
+    value = plain(getattr(forward_func, name, None))
+    if not (type(value) is int and value >= 1) and value is not None:
+        raise ValueError(f"forward_func.{name} is {value!r}; it must be an integer >= 1, or None")
+    return value
 
 
 def placed(error: Exception, name: str, where: str, ids: Tensor, rows: Sequence[int] | None = None) -> None:

@@ -59,7 +59,9 @@ def drafted_steps(
             ]
         rows = [row for row in rows if row.index not in over | cancelled]
         if rows:
-            limits = [row.end - len(row.ids) - 1 for row in rows]  # the last token comes from the forward anyway
+            limits = [  # the last token comes from the forward anyway
+                max(min(row.end - 1, forward.max_length) - len(row.ids), 0) for row in rows
+            ]
             where = f"forward {stats.forwards}"
             with noted("drafter", where):
                 drafts = drafter.drafts(rows, limits, sampler, vocabulary, by_chance)
@@ -130,8 +132,8 @@ def _checked(
         [length - 2] + [length + parent if parent >= 0 else length - 1 for parent in draft.parents or ()]
         for length, draft in zip(lengths, drafts, strict=True)
     ]
-    filled = [
-        [*own, *range(length + len(own) - 2, end - 1)] for own, length, end in zip(parents, lengths, ends, strict=True)
+    filled = [  # beside the row's last token, so that no position is beyond its drafts
+        [*own, *[length - 2] * (n - len(own))] for own, length in zip(parents, lengths, strict=True)
     ]
     return forward.tree(ids, torch.tensor(filled, device=ids.device), where, indices), [0] * len(rows)
 
