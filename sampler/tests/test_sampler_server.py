@@ -238,6 +238,17 @@ def test_closing_leaves_nothing_behind() -> None:
         remote.close()
 
 
+def test_a_server_can_be_restarted_on_its_port_though_clients_were_connected_when_it_closed() -> None:
+    server = serve(forward)
+    with socket.create_connection(address(server.url), timeout=10) as client:
+        client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert b" 200 " in client.recv(1 << 16)
+        server.close()
+        assert client.recv(1 << 16) == b""  # the server ended it first, so its end of it lingers
+    with serve(forward, port=address(server.url)[1]) as again:
+        assert again.url == server.url
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

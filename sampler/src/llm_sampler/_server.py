@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import ipaddress
 import logging
+import os
 import socket
 import threading
 import time
@@ -111,6 +112,8 @@ class _HTTPServer(HTTPServer):
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
+        if os.name == "posix":  # to come back at once; elsewhere two servers would share the port
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         socket.socket.bind(self.socket, self.server_address)  # without the look-up of a name that HTTPServer makes
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
