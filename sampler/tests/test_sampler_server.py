@@ -142,6 +142,23 @@ def test_an_oversized_body_is_refused_by_its_length_and_not_read(url: str) -> No
     assert ask(url, "POST", "/last_logits", bytes(1 << 20))[0] == 413, "and a client that sends it all can read why"
 
 
+def test_a_client_that_waits_for_leave_to_send_its_body_gets_it(url: str) -> None:
+    head = f"POST /last_logits HTTP/1.1\r\ncontent-type: {CONTENT_TYPE}\r\nexpect: 100-continue\r\n"
+    body = request()
+    with socket.create_connection(address(url), timeout=2) as client:
+        client.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode())
+        assert client.recv(1 << 16) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.sendall(body)
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+def test_a_refusal_is_sent_before_the_rest_of_the_body_is_waited_for(url: str) -> None:
+    head = f"POST /last_logits HTTP/1.1\r\ncontent-type: {CONTENT_TYPE}\r\ncontent-length: 99999999\r\n\r\n"
+    with socket.create_connection(address(url), timeout=0.9) as client:  # the server waits for longer
+        client.sendall(head.encode())
+        assert b" 413 " in client.recv(1 << 16)
+
+
 @pytest.mark.parametrize(
     ("method", "path", "headers", "status"),
     [

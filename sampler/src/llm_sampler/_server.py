@@ -177,6 +177,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._reader.deadline = time.monotonic() + self.server.seconds
         super().handle_one_request()
 
+    def handle_expect_100(self) -> bool:
+        expected = super().handle_expect_100()
+        self.wfile.flush()  # the client waits for it with its body
+        return expected
+
     def do_GET(self) -> None:
         self._handle()
 
@@ -229,6 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("connection", "close")
         self.end_headers()
         self.wfile.write(reply.body)
+        self.wfile.flush()
 
     def version_string(self) -> str:
         return "llm_sampler"
