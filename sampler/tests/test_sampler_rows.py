@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llm_sampler import HUGGING_FACE_ORDER, DraftModel, _truncate, generate
+from llm_sampler import HUGGING_FACE_ORDER, DraftModel, _truncate, generate, sample
 from llm_sampler._row import History, Row, Table
 from llm_sampler._scores import Scores
 from llm_sampler._stages import STAGES
@@ -228,3 +229,30 @@ def survivors_of(name: str, values: Tensor, setting: list, threshold: float) -> 
     scores = Scores(values, torch.arange(values.shape[1]).unsqueeze(0), 70_001)
     out = stage(scores, History(Table([row], 0, cpu), [row], cpu))
     return out.widened().values[0, : values.shape[1]].isfinite()
+
+
+def test_what_settings_take_grows_neither_with_the_vocabulary_nor_with_the_groups_of_rows_that_came_before() -> None:
+    rows, vocabulary = 24, 32_000
+    logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(0)).expand(rows, 1, vocabulary)
+
+    def held(**options: Any) -> Tensor:
+        """Bytes of all tensors at the first and the last steps, when rows finish one after the other."""
+        steps = sample(
+            lambda ids: logits[: len(ids)].expand(-1, ids.shape[1], -1),
+            [[0]] * rows,
+            max_new_tokens=range(2, rows + 2),
+            seed=0,
+            **options,
+        )
+        found = []
+        for step in steps:
+            if len(step.rows) in (1, rows):
+                gc.collect()
+                found.append(sum(known.nbytes for known in gc.get_objects() if type(known) is Tensor))
+        return torch.tensor(found)
+
+    ids = list(range(0, vocabulary, 400))
+    biased: dict[str, Any] = {"logit_bias": dict.fromkeys(ids, 1.0), "bad_words_ids": [[token + 1] for token in ids]}
+    of_a_mask, plain = rows * vocabulary, held()
+    for options in ({"allowed_token_ids": ids}, {"allowed_token_ids": [[row, *ids] for row in range(rows)]}, biased):
+        assert bool((held(**options) - plain < of_a_mask / 2).all())

@@ -143,17 +143,22 @@ def min_new_tokens(least: list, *, device: torch.device):
 
 def allowed_token_ids(allowed: list, *, device: torch.device):
     """Exclude all other ids."""
-    width = max(max(ids) for ids in allowed if ids is not None) + 1
-    places, _ = _tensors([(i, token, 0.0) for i, ids in enumerate(allowed) for token in ids or ()], device)
-    every = torch.tensor([ids is None for ids in allowed], device=device).unsqueeze(-1)
-    known = torch.zeros(len(allowed), width, dtype=torch.bool, device=device).index_put_(
-        places, torch.tensor(True, device=device)
-    )
+    rows: dict[frozenset[int], list[int]] = {}
+    for index, ids in enumerate(allowed):
+        if ids is not None:
+            rows.setdefault(ids, []).append(index)
+    places = [
+        (torch.tensor(own, device=device).unsqueeze(-1), torch.tensor(sorted(ids), device=device))
+        for ids, own in rows.items()
+    ]  # (R, 1) and (K): a mask would take rows x vocabulary, for each group of rows
+    limited = torch.tensor([ids is not None for ids in allowed], device=device).unsqueeze(-1)
 
     def apply(scores: Scores, history: History) -> Scores:
         scores = scores.writable()
-        scores.values[:, :width].masked_fill_(~(known | every), -torch.inf)
-        scores.values[:, width:].masked_fill_(~every, -torch.inf)
+        kept = [scores.values[place] for place in places]
+        scores.values.masked_fill_(limited, -torch.inf)
+        for place, values in zip(places, kept, strict=True):
+            scores.values[place] = values
         return scores
 
     return apply

@@ -145,6 +145,9 @@ class Sampler:
         ]
         self.table.append(rows)
         finished, texts = zip(*outcomes, strict=True)
+        if any(finished):
+            over = {row.index for row, why in zip(rows, finished, strict=True) if why is not None}
+            self._chains = {key: stages for key, stages in self._chains.items() if over.isdisjoint(key)}
         return Step(
             tuple([row.index for row in rows]),
             tokens,
