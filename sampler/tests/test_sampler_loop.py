@@ -247,6 +247,15 @@ def test_a_cancelled_row_is_in_no_further_step_or_forward() -> None:
         steps.cancel(3)
 
 
+def test_the_row_to_cancel_may_be_a_tensor_and_is_named_where_it_is_no_row() -> None:
+    steps = sample(Causal(), [[1], [2]], max_new_tokens=3, seed=0)
+    steps.cancel(torch.tensor(0))  # type: ignore[arg-type]
+    assert [step.rows for step in steps] == [(1,)] * 3
+    for wrong in (0.5, "a", None, True, torch.tensor([0, 1])):
+        with pytest.raises(ValueError, match="cannot be cancelled; there are 2 rows"):
+            steps.cancel(wrong)  # type: ignore[arg-type]
+
+
 def test_the_most_likely_tokens_are_told_before_and_after_the_stages() -> None:
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
     [row] = generate(

@@ -14,7 +14,7 @@ from ._prepare import check_ids, prepared
 from ._processors import Factory
 from ._row import Row
 from ._sampler import Sampler
-from ._settings import Biases, Ids, PerRow, Strings, Words
+from ._settings import Biases, Ids, PerRow, Strings, Words, plain
 from ._speculate import drafted_steps
 from ._stats import Stats
 from ._step import Completion, Step, collected
@@ -141,9 +141,9 @@ class Steps(Iterator[Step]):
 
     def cancel(self, row: int) -> None:
         """Leave a row out of all further steps and forwards."""
-        count = len(self.stats.rows)
-        if not 0 <= row < count:
-            raise ValueError(f"row {row} cannot be cancelled; there are {count} rows, counted from 0")
+        row, count = plain(row), len(self.stats.rows)
+        if type(row) is not int or not 0 <= row < count:
+            raise ValueError(f"row {row!r} cannot be cancelled; there are {count} rows, counted from 0")
         self._cancelled.add(row)
 
     def close(self) -> None:
