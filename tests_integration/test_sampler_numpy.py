@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_sampler import PromptLookup, best_of, generate, perplexity, sample, score
+from llm_sampler import Draft, PromptLookup, best_of, generate, perplexity, sample, score
 
 np: Any = numpy  # whose arrays the sampler's annotations do not name
 AFTER = torch.randn(10, 10, generator=torch.Generator().manual_seed(0))
@@ -57,6 +57,15 @@ def test_numpys_arrays_and_scalars_are_taken_as_lists_and_numbers_are() -> None:
         assert generate(causal, ids, max_new_tokens=2, seed=1) == flat
     with pytest.raises(ValueError, match="row 0 holds torch.float64 values"):
         generate(causal, np.array([[1.0]]), max_new_tokens=1)
+
+
+def test_drafts_were_drawn_from_numpys_arrays() -> None:
+    def drafter(make: Any) -> Any:
+        return lambda ids, limits: [Draft([1], probabilities=[make([0.1] * 10)]) for _ in ids]
+
+    options: dict[str, Any] = {"max_new_tokens": 8, "seed": 0, "speculation": "rejection"}
+    want = generate(causal, [[1], [2]], drafter=drafter(torch.tensor), **options)
+    assert generate(causal, [[1], [2]], drafter=drafter(np.array), **options) == want
 
 
 def test_numpys_arrays_are_scored_as_lists_are() -> None:

@@ -67,11 +67,21 @@ HALF = torch.tensor([0.5, 0.5] + [0.0] * (VOCABULARY - 2))
         (of(Draft([0], None, [HALF * 2])), "are not a distribution over 11 ids"),
         (of(Draft([0], None, [HALF[:3]])), r"probabilities \[3\] are not a distribution"),
         (of(Draft([4], None, [HALF])), "4 is drafted, and has no probability"),
+        (of(Draft([0], None, [["a"] * VOCABULARY])), "row 0, step 1: probabilities are not a distribution for each"),
+        (of(Draft([0], None, 0.5)), "row 0, step 1: probabilities are not a distribution for each token: 'float'"),  # type: ignore[arg-type]
+        (of(Draft([0], None, [0.5])), r"probabilities \[\] are not a distribution over 11 ids"),  # type: ignore[list-item]
     ],
 )
 def test_bad_drafts_are_named(drafter: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate(causal, [[1], [2]], max_new_tokens=5, drafter=drafter, speculation="rejection")
+
+
+def test_probabilities_are_taken_as_lists_too() -> None:
+    options: dict[str, Any] = {"max_new_tokens": 12, "seed": 0, "speculation": "rejection"}
+    want = generate(causal, [[1], [2]], drafter=of(Draft([1, 0], None, [HALF, HALF])), **options)
+    for given in ([HALF.tolist(), HALF], torch.stack([HALF, HALF]).double(), torch.stack([HALF, HALF]).tolist()):
+        assert generate(causal, [[1], [2]], drafter=of(Draft([1, 0], None, given)), **options) == want  # type: ignore[arg-type]
 
 
 def test_a_tree_needs_tree_logits_and_says_so_before_the_first_forward() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
 from ._forward import Forward
@@ -25,7 +26,7 @@ class Draft:
 
     tokens: Sequence[int] = ()
     parents: Sequence[int] | None = None
-    probabilities: Sequence[Tensor | None] | None = None
+    probabilities: Sequence[Tensor | Sequence[float] | None] | None = None
 
 
 CustomDrafter: TypeAlias = Callable[[list[list[int]], list[int]], Sequence[Sequence[int] | Draft]]
@@ -151,8 +152,12 @@ def _checked(draft: Draft, row: Row, limit: int, vocabulary: int, by_chance: boo
     parents = range(-1, count - 1) if draft.parents is None else draft.parents
     if len(parents) != count or not all(type(p) is int and -1 <= p < i for i, p in enumerate(parents)):
         raise ValueError(f"{where}: parents {parents!r} do not name, for each of {count} tokens, an earlier one or -1")
-    probabilities = draft.probabilities
-    if probabilities is not None and by_chance:
+    probabilities = None
+    if draft.probabilities is not None and by_chance:
+        try:
+            probabilities = [None if q is None else torch.as_tensor(q) for q in draft.probabilities]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{where}: probabilities are not a distribution for each token: {error}") from None
         if len(probabilities) != count:
             raise ValueError(
                 f"{where}: {len(probabilities)} probabilities for {count} tokens; give one tensor for each"
@@ -172,7 +177,7 @@ def _checked(draft: Draft, row: Row, limit: int, vocabulary: int, by_chance: boo
     return Draft(
         [draft.tokens[index] for index in kept],
         [place[parents[index]] for index in kept],
-        [probabilities[index] for index in kept] if probabilities is not None and by_chance else None,
+        [probabilities[index] for index in kept] if probabilities is not None else None,
     )
 
 
