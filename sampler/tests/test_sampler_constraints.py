@@ -70,6 +70,8 @@ def test_a_choice_that_is_complete_ends_its_row_before_min_new_tokens() -> None:
         ([[1], []], r"1 is \(\)"),
         ([[1], [-2]], r"1 is \(-2,\)"),
         ([["a"]], r"0 is \('a',\)"),
+        ([1, 2], "0 is 1; a choice is one or more ids"),
+        (5, "choices: 5 is given; sequences of ids are needed"),
         ([[1, 2], [3], [1, 2]], "2 is the same as 0"),
         ([[1, 2], [1]], r"starts with \(1,\); give end_id"),
     ],

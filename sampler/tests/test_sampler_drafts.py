@@ -113,7 +113,8 @@ def test_bad_arguments_are_named(options: dict[str, Any], error: type[Exception]
         (lambda: PromptLookup(branches=1.5), "branches is 1.5"),  # type: ignore[arg-type]
         (lambda: DraftModel(similar, 0), "tokens is 0"),
         (lambda: DraftTree(similar, (2, 0)), "widths is 0"),
-        (lambda: DraftTree(similar, ()), "widths is empty"),
+        (lambda: DraftTree(similar, ()), r"widths is \(\); say how many tokens follow one at each depth"),
+        (lambda: DraftTree(similar, 3), "widths is 3; say how many tokens follow one at each depth"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_drafters_are_named(make: Callable[[], Any], message: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,10 @@ def choices(sequences: Sequence[Sequence[int]], *, end_id: int | None = None) ->
         >>> row.tokens, row.finished
         ((2, 3, 1), 'complete')
     """
-    words = [tuple(sequence) for sequence in plain(sequences)]
+    sequences = plain(sequences)
+    if not isinstance(sequences, Iterable):
+        raise ValueError(f"choices: {sequences!r} is given; sequences of ids are needed, as in [[1, 2], [3]]")
+    words = [tuple(sequence) if isinstance(sequence, Iterable) else sequence for sequence in sequences]
     if not words:
         raise ValueError("choices holds none; give at least one sequence of ids")
     end_id = plain(end_id)
@@ -38,7 +41,7 @@ def choices(sequences: Sequence[Sequence[int]], *, end_id: int | None = None) ->
     root: dict[int, Any] = {}
     first: dict[tuple[int, ...], int] = {}
     for index, word in enumerate(words):
-        if not word or not all(type(token) is int and token >= 0 for token in word):
+        if not isinstance(word, tuple) or not word or not all(type(token) is int and token >= 0 for token in word):
             raise ValueError(f"choices: {index} is {word!r}; a choice is one or more ids, each an integer >= 0")
         if first.setdefault(word, index) < index:
             raise ValueError(f"choices: {index} is the same as {first[word]}; leave one away")

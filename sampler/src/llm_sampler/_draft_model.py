@@ -13,6 +13,7 @@ from ._forward import Forward, ForwardFunc
 from ._row import Row
 from ._sampler import Sampler
 from ._scores import Scores
+from ._settings import plain
 
 ACCEPT, DRAFT = 2, 3  # what uniforms of a row are for; those of the i-th draft for one place are 2 * i further on
 
@@ -38,9 +39,10 @@ class DraftTree:
 
     def __init__(self, forward_func: ForwardFunc, widths: Sequence[int]):
         self._forward = Forward(forward_func)
+        widths = plain(widths)
+        if not isinstance(widths, Sequence) or not widths:
+            raise ValueError(f"widths is {widths!r}; say how many tokens follow one at each depth, as in (4, 2, 1)")
         self.widths = tuple(positive("widths", width) for width in widths)
-        if not self.widths:
-            raise ValueError("widths is empty; say how many tokens follow one at each depth, as in (4, 2, 1)")
         self.branching = max(self.widths) > 1
 
     def drafts(
