@@ -121,3 +121,17 @@ def test_it_starts_and_stops_with_its_server_and_serves_http_only() -> None:
     assert sent == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
     with pytest.raises(ValueError, match="websocket"):
         asyncio.run(app({"type": "websocket"}, None, None))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_waiting": -1}, "max_waiting is -1; it must be an integer >= 1"),
+        ({"timeout": "x"}, "timeout is 'x'; it must be a number of seconds > 0"),
+        ({"timeout": float("nan")}, "timeout is nan"),
+        ({"max_bytes": 0}, "max_bytes is 0"),
+    ],
+)
+def test_bad_arguments_are_named_at_once(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        asgi_app(forward, **options)

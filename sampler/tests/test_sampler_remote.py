@@ -172,19 +172,21 @@ def test_a_server_that_comes_back_is_found_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "options"),
+    ("url", "options", "message"),
     [
-        ("127.0.0.1:80", {}),
-        ("ftp://127.0.0.1", {}),
-        ("http://", {}),
-        ("http://user:password@127.0.0.1", {}),
-        ("http://127.0.0.1:1", {"dtype": "float8"}),
-        ("http://127.0.0.1:1", {"timeout": 0}),
-        ("http://127.0.0.1:1", {"retries": -1}),
-        ("http://127.0.0.1:1", {"max_bytes": 0}),
-        ("http://127.0.0.1:1", {"token": "a\r\nx: y"}),
+        ("127.0.0.1:80", {}, "url is"),
+        ("ftp://127.0.0.1", {}, "url is"),
+        ("http://", {}, "url is"),
+        ("http://user:password@127.0.0.1", {}, "url is"),
+        ("http://127.0.0.1:1", {"dtype": "float8"}, "dtype is 'float8'"),
+        ("http://127.0.0.1:1", {"timeout": 0}, "timeout is 0; it must be a number of seconds > 0"),
+        ("http://127.0.0.1:1", {"timeout": math.inf}, "timeout is inf"),
+        ("http://127.0.0.1:1", {"timeout": "x"}, "timeout is 'x'"),
+        ("http://127.0.0.1:1", {"retries": -1}, "retries is -1; it must be an integer >= 0"),
+        ("http://127.0.0.1:1", {"max_bytes": 0}, "max_bytes is 0; it must be an integer >= 1"),
+        ("http://127.0.0.1:1", {"token": "a\r\nx: y"}, "token must"),
     ],
 )
-def test_bad_arguments_are_named(url: str, options: dict) -> None:
-    with pytest.raises(ValueError, match="url is|dtype is|timeout is|token must"):
+def test_bad_arguments_are_named(url: str, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         from_url(url, **options)

@@ -275,7 +275,13 @@ def test_a_server_can_be_restarted_on_its_port_though_clients_were_connected_whe
         ({"token": "a\nb"}, "token must"),
         ({"max_bytes": 0}, "max_bytes is 0"),
         ({"max_tokens": 0.5}, "max_tokens is 0.5"),
-        ({"timeout": 0}, "timeout is 0"),
+        ({"timeout": 0}, "timeout is 0; it must be a number of seconds > 0"),
+        ({"timeout": float("inf")}, "timeout is inf"),
+        ({"timeout": "60"}, "timeout is '60'"),
+        ({"max_connections": 0}, "max_connections is 0; it must be an integer >= 1"),
+        ({"max_connections": 1.5}, "max_connections is 1.5"),
+        ({"port": 99999}, "port is 99999; it must be an integer from 0 to 65535"),
+        ({"port": "80"}, "port is '80'"),
     ],
 )
 def test_bad_arguments_are_named_before_anything_listens(options: dict, message: str) -> None:

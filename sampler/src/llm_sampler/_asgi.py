@@ -10,6 +10,8 @@ import torch
 
 from ._forward import ForwardFunc
 from ._service import RequestError, Service, refusal
+from ._settings import plain
+from ._wire import COUNT, SECONDS
 
 
 def asgi_app(
@@ -27,6 +29,8 @@ def asgi_app(
     max_waiting: how many requests may wait for the forward; others are told to come back. Arguments as in `serve`; who
     may connect, and how, is the server's business.
     """
+    max_waiting = COUNT.parse("max_waiting", plain(max_waiting))
+    timeout = SECONDS.parse("timeout", plain(timeout))
     service = Service(
         forward_func,
         token=token,

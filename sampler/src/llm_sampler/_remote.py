@@ -21,8 +21,19 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from ._wire import CONTENT_TYPE, LOGIT_DTYPES, BoundedReader, decode_tensors, encode_tensors, unpack_logits
+from ._settings import REQUIRED, number, plain
+from ._wire import (
+    CONTENT_TYPE,
+    COUNT,
+    LOGIT_DTYPES,
+    SECONDS,
+    BoundedReader,
+    decode_tensors,
+    encode_tensors,
+    unpack_logits,
+)
 
+_RETRIES = number(REQUIRED, lambda v: v >= 0, "an integer >= 0", int)
 _AGAIN = {429, 502, 503, 504}  # what may be over in a moment
 
 
@@ -87,15 +98,14 @@ class RemoteForward:
             raise ValueError(f"url is {url!r}; an address such as http://127.0.0.1:8000 is needed")
         if dtype not in LOGIT_DTYPES:
             raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(LOGIT_DTYPES)}")
-        if not timeout > 0 or type(retries) is not int or retries < 0 or type(max_bytes) is not int or max_bytes < 1:
-            raise ValueError(
-                f"timeout is {timeout!r}, retries {retries!r}, max_bytes {max_bytes!r}; none may be below 0"
-            )
         if token is not None and not (token.isascii() and token.isprintable()):
             raise ValueError("token must be printable ASCII")
         self.url = url.rstrip("/")
         self._path = parts.path.rstrip("/")
-        self._dtype, self._timeout, self._retries, self._max_bytes = dtype, timeout, retries, max_bytes
+        self._dtype = dtype
+        self._timeout: float = SECONDS.parse("timeout", plain(timeout))
+        self._retries: int = _RETRIES.parse("retries", plain(retries))
+        self._max_bytes: int = COUNT.parse("max_bytes", plain(max_bytes))
         self._headers = {"content-type": CONTENT_TYPE} | ({"authorization": f"Bearer {token}"} if token else {})
         if parts.scheme == "https":
             self._connection = http.client.HTTPSConnection(parts.hostname, parts.port, context=ssl_context)

@@ -16,9 +16,11 @@ import torch
 
 from ._forward import ForwardFunc
 from ._service import Reply, RequestError, Service, refusal
-from ._wire import BoundedReader
+from ._settings import REQUIRED, number, plain
+from ._wire import COUNT, SECONDS, BoundedReader
 
 _log = logging.getLogger("llm_sampler")
+_PORT = number(REQUIRED, lambda v: 0 <= v < 1 << 16, "an integer from 0 to 65535", int)
 _REFUSED_BODY = 1 << 20  # bytes of it that are read all the same, so that the client is not cut off before it reads why
 
 
@@ -55,8 +57,9 @@ def serve(
     """
     if token is None and not _is_local(host):
         raise ValueError(f"{host!r} can be reached from other machines: give a token, or listen on 127.0.0.1")
-    if not timeout > 0:
-        raise ValueError(f"timeout is {timeout!r}; it must be a number of seconds > 0")
+    port = _PORT.parse("port", plain(port))
+    max_connections = COUNT.parse("max_connections", plain(max_connections))
+    timeout = SECONDS.parse("timeout", plain(timeout))
     service = Service(
         forward_func,
         token=token,

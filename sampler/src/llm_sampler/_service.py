@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ._forward import Forward, ForwardFunc
 from ._likelihood import gather_logprobs
-from ._wire import CONTENT_TYPE, LOGIT_DTYPES, decode_tensors, encode_tensors, pack_logits
+from ._settings import plain
+from ._wire import CONTENT_TYPE, COUNT, LOGIT_DTYPES, decode_tensors, encode_tensors, pack_logits
 
 _log = logging.getLogger("llm_sampler")
 
@@ -49,11 +50,8 @@ class Service:
     ):
         if token is not None and not (token and token.isascii() and token.isprintable() and token == token.strip()):
             raise ValueError("token must be printable ASCII, not empty, without spaces at its ends")
-        for name, value in (("max_bytes", max_bytes), ("max_tokens", max_tokens)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be an integer >= 1")
-        self.max_bytes = max_bytes
-        self._max_tokens = max_tokens
+        self.max_bytes: int = COUNT.parse("max_bytes", plain(max_bytes))
+        self._max_tokens: int = COUNT.parse("max_tokens", plain(max_tokens))
         self._token = token
         self._device = torch.device(device)
         self._forward = Forward(forward_func)

@@ -13,8 +13,13 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ._settings import REQUIRED, number
+
 CONTENT_TYPE = "application/octet-stream"  # no web page can post it across origins unasked
 LOGIT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+COUNT = number(REQUIRED, lambda v: v >= 1, "an integer >= 1", int)
+SECONDS = number(REQUIRED, lambda v: 0 < v <= 1_000_000, "a number of seconds > 0, at most 1000000")
 
 _CODES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I32": torch.int32, "I64": torch.int64}
 _NAMES = {dtype: code for code, dtype in _CODES.items()}
