@@ -142,6 +142,13 @@ def test_an_oversized_body_is_refused_by_its_length_and_not_read(url: str) -> No
     assert ask(url, "POST", "/last_logits", bytes(1 << 20))[0] == 413, "and a client that sends it all can read why"
 
 
+def test_a_reply_to_head_has_no_body(url: str) -> None:
+    got = raw(url, b"HEAD / HTTP/1.1\r\n\r\nGET / HTTP/1.1\r\nconnection: close\r\n\r\n")
+    refused, _, served = got.partition(b"\r\n\r\n")
+    assert refused.startswith(b"HTTP/1.1 405 ")
+    assert served.startswith(b"HTTP/1.1 200 ")
+
+
 def test_a_client_that_waits_for_leave_to_send_its_body_gets_it(url: str) -> None:
     head = f"POST /last_logits HTTP/1.1\r\ncontent-type: {CONTENT_TYPE}\r\nexpect: 100-continue\r\n"
     body = request()

@@ -236,7 +236,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.close_connection:
             self.send_header("connection", "close")
         self.end_headers()
-        self.wfile.write(reply.body)
+        if self.command != "HEAD":  # whose reply ends with its headers
+            self.wfile.write(reply.body)
         self.wfile.flush()
 
     def version_string(self) -> str:
