@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_sampler import Draft, PromptLookup, best_of, generate, perplexity, sample, score
+from llm_sampler import Draft, PromptLookup, best_of, choices, generate, perplexity, sample, score
 
 np: Any = numpy  # whose arrays the sampler's annotations do not name
 AFTER = torch.randn(10, 10, generator=torch.Generator().manual_seed(0))
@@ -75,6 +75,25 @@ def test_numpys_arrays_are_scored_as_lists_are() -> None:
     assert score(causal, [np.int64(1), np.int64(2)], [[np.int64(3), 4], [2, 0]], end_id=0) == want
     [both] = score(causal, np.array([[1, 2]]), [np.array([[3, 4], [2, 0]])], end_id=0)
     assert both == want
+
+
+def ragged(*rows: list[int]) -> Any:
+    array = np.empty(len(rows), dtype=object)
+    array[:] = [np.array(row) for row in rows]
+    return array
+
+
+def test_arrays_that_hold_arrays_are_taken_wherever_sequences_of_sequences_are() -> None:
+    lists, arrays = [[1], [2, 3]], ragged([1], [2, 3])
+    options: dict[str, Any] = {"max_new_tokens": 9, "seed": 2}
+    for name in ("stop_ids", "bad_words_ids", "allowed_token_ids"):
+        want = generate(causal, lists, **options, **{name: lists})
+        assert generate(causal, arrays, **options, **{name: arrays}) == want
+    want = generate(causal, lists, **options, processors=choices(lists))
+    assert generate(causal, lists, **options, processors=choices(arrays)) == want
+    several = score(causal, lists, [lists, lists])
+    assert score(causal, arrays, [arrays, arrays]) == several
+    assert score(causal, np.array([2, 3], dtype=object), arrays) == several[1]
 
 
 @pytest.mark.filterwarnings("error")

@@ -235,7 +235,7 @@ def _choice(scores: list[Score], by: By, where: str) -> Choice:
 
 
 def _is_one(context: Any) -> bool:
-    if hasattr(context, "ndim"):  # a tensor, or numpy's array
+    if hasattr(context, "ndim") and context.dtype != object:  # a tensor, or numpy's array of numbers
         return context.ndim < 2
     return isinstance(context, str) or len(context) == 0 or isinstance(context[0], Integral)
 

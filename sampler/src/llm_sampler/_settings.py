@@ -48,7 +48,8 @@ REQUIRED = object()
 def plain(value: Any) -> Any:
     """The same in Python's own numbers, lists and mappings where it has tensors, or numpy's arrays and scalars."""
     if hasattr(value, "tolist"):
-        return value.tolist()
+        holds_arrays = hasattr(value, "dtype") and value.dtype == object
+        return plain(value.tolist()) if holds_arrays else value.tolist()
     if isinstance(value, list):
         return [plain(item) for item in value]
     if isinstance(value, tuple):
