@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 
 from llm_sampler import generate, regex
+from llm_sampler._regex import _texts
 
 TOKENIZER = Tokenizer.from_file(str(Path(__file__).parents[1] / "demo" / "model" / "tokenizer.json"))
 SIZE = TOKENIZER.get_vocab_size()
@@ -111,6 +112,23 @@ def test_characters_that_take_several_tokens_are_matched_or_refused(library: str
     factory = regex(pattern, TOKENIZER, end_id=END, library=library)
     for row in generate(table, [[5]] * 4, max_new_tokens=20, seed=0, processors=factory):
         assert re.fullmatch(pattern, text_of(row))
+
+
+def test_tokens_are_read_behind_one_that_is_text_whatever_the_order_of_the_vocabulary(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ids = {"Ã": 0, "©": 1, "©a": 2, "a": 3, "b": 4}  # bytes: the first two are the halves of é
+    tokenizer = Tokenizer(models.BPE(ids, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    own = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    for first in ids:
+        order = {first: ids[first], **ids}
+        monkeypatch.setattr(own, "get_vocab", lambda order=order: order)
+        assert _texts(own) == {3: "a", 4: "b"}
+    with monkeypatch.context() as halves:
+        halves.setattr(own, "get_vocab", lambda: {"Ã": 0, "©": 1})
+        with pytest.raises(ValueError, match="none of its tokens is text by itself"):
+            _texts(own)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

@@ -141,9 +141,10 @@ def _hugging_face(tokenizer: Any) -> Any:
 
 def _texts(tokenizer: Any) -> dict[int, str]:
     """What each token adds to a text: what it decodes to behind another one, for leading spaces are stripped."""
-    vocabulary = tokenizer.get_vocab()
-    before = next(iter(vocabulary.values()))
-    special = set(tokenizer.all_special_ids)
-    start = len(tokenizer.decode([before]))
-    texts = {token: tokenizer.decode([before, token])[start:] for token in vocabulary.values() if token not in special}
+    tokens = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+    alone = ((token, tokenizer.decode([token])) for token in tokens)
+    before, start = next(((token, len(text)) for token, text in alone if text and "\ufffd" not in text), (None, 0))
+    if before is None:
+        raise ValueError("none of its tokens is text by itself")
+    texts = {token: tokenizer.decode([before, token])[start:] for token in tokens}
     return {token: text for token, text in texts.items() if "\ufffd" not in text}  # part of a character is no text
