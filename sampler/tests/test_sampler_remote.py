@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import time
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_sampler import RemoteError, from_url, generate, multiple_choice, score, serve
+from llm_sampler import RemoteError, from_url, generate, multiple_choice, sample, score, serve
 
 TABLE = torch.randn(23, 11, generator=torch.Generator().manual_seed(2)) * 3
 CONTINUATIONS = [[1], [2], [3, 4], [3, 5], [3, 4, 6]]
@@ -86,6 +87,18 @@ def test_the_server_asks_its_model_for_the_last_logits_only() -> None:
         generate(remote, [[1, 2, 3], [4]], max_new_tokens=2, seed=0)
         score(remote, [1, 2], [[3], [4]])
     assert model.calls == [((1, 1), 1), ((2, 3), 1), ((2, 4), 1), ((1, 2), 1)]
+
+
+def test_drafts_end_where_a_remote_models_window_does() -> None:
+    model = LastOnly()
+    with serve(model) as server, from_url(server.url) as remote:
+        assert remote.max_length is None
+    model.max_length = 9  # type: ignore[attr-defined]
+    with serve(model) as server, from_url(server.url, dtype="float32") as remote:
+        assert remote.max_length == 9
+        steps = sample(remote, [[1, 2]], max_new_tokens=20, seed=0, drafter=lambda ids, limits: [[1] * 20])
+        assert len(list(itertools.islice(steps, 8))) == 8
+    assert max(width for (_, width), _ in model.calls) == 9
 
 
 def test_a_remote_model_can_be_served_on() -> None:

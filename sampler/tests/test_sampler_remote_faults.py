@@ -137,6 +137,7 @@ def test_a_server_that_lies_is_named(answer: bytes, message: str) -> None:
         b"{}",
         b'{"protocol": 2, "vocab_size": 5}',
         b'{"protocol": 1, "vocab_size": "5"}',
+        b'{"protocol": 1, "vocab_size": 5, "max_length": 0}',
         b"[" * 9999,
     ],
 )

@@ -81,7 +81,10 @@ def from_url(
 
 
 class RemoteForward:
-    """See `from_url`. vocab_size: ids are below it. A context manager; may be called from several threads."""
+    """See `from_url`. vocab_size: ids are below it. max_length: the longest row, where the model says it.
+
+    A context manager; may be called from several threads.
+    """
 
     def __init__(
         self,
@@ -116,7 +119,9 @@ class RemoteForward:
         try:
             info = json.loads(self._asked("GET", "/", b""))
             self.vocab_size: int = info["vocab_size"]
-            if info["protocol"] != 1 or type(self.vocab_size) is not int or self.vocab_size < 1:
+            self.max_length: int | None = info.get("max_length")
+            numbers = [self.vocab_size] if self.max_length is None else [self.vocab_size, self.max_length]
+            if info["protocol"] != 1 or any(type(number) is not int or number < 1 for number in numbers):
                 raise ValueError
         except (ValueError, TypeError, KeyError, RecursionError):
             self.close()

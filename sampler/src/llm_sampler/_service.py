@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import json
 import logging
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -82,6 +83,8 @@ class Service:
         try:
             if _name(path) == "":
                 limits = {"vocab_size": self._vocab_size, "max_bytes": self.max_bytes, "max_tokens": self._max_tokens}
+                if self._forward.max_length < sys.maxsize:
+                    limits["max_length"] = self._forward.max_length
                 return Reply(200, json.dumps({"protocol": 1, **limits}).encode(), {"content-type": "application/json"})
             with self._lock:
                 return Reply(200, self._computed(_name(path), body), {"content-type": CONTENT_TYPE})
