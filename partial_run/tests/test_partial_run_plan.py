@@ -65,6 +65,14 @@ def test_the_smallest_budget_does_not_depend_on_the_one_that_was_asked_for(runti
         decide(MODEL, memory=smallest - 1, runtime=runtime, page_tables=True)
 
 
+def test_what_each_slice_that_stays_takes_beside_its_bytes_is_counted():
+    plain, real = (decide(MODEL, memory=2000 * MIB, runtime=300 * MIB, page_tables=known) for known in (False, True))
+    stays = len(real.resident_units)
+    assert real.resident == 16 * MIB * stays + 8192 * stays  # pages at both ends
+    assert plain.resident == 16 * MIB * len(plain.resident_units)
+    assert real.used <= 2000 * MIB
+
+
 def test_the_smallest_budget_of_the_default_works_and_is_the_one_that_an_error_names(toy):
     smallest = plan(toy.parts(), toy.store).smallest
     with pytest.raises(BudgetError) as refused:

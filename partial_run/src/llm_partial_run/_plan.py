@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ READERS = 4  # reads in flight: what disks need to be busy while one of them has
 LEAST = READERS + 1  # slots of the ring: those being read, and the one being computed
 AHEAD = READERS + 5  # where memory allows: so many more that reading goes on while the computation stands still
 PAGE_TABLES = 512  # bytes of memory to one of page tables: 8 for each 4 KiB
+ENDS = 2 * 4096  # of a slice that stays: it is read in whole pages, and its tensor is an object
 MICRO_BATCH = 128  # tokens that go through a layer at once: enough for matrix kernels, little beside the weights
 
 
@@ -153,7 +154,8 @@ def decide(
     ring = slots * slot + convert
     least = ring + expert_slots * expert_slot
     activations = _activations(model, rows, context, tokens, micro_batch)
-    everything = _kept(units)
+    ends = ENDS if page_tables else 0
+    everything = _kept(units, ends)
     on_device: frozenset[Unit] = frozenset()
     if device_memory:
         beside = slots * slot + model.kept_nbytes + cache_nbytes + activations  # what it holds besides slices
@@ -162,7 +164,7 @@ def decide(
                 f"device_memory={format_bytes(device_memory)} is too small: {format_bytes(beside)} are needed beside the weights, "
                 f"{format_bytes(cache_nbytes)} of them for caches of {rows} rows of {context} tokens"
             )
-        on_device = _spread(units, device_memory - beside)
+        on_device = _spread(units, device_memory - beside, ends)
         if not on_device.issuperset(model.experts):
             raise ValueError(
                 f"device_memory={format_bytes(device_memory)} does not hold all {format_bytes(everything + beside)}: routed "
@@ -190,7 +192,7 @@ def decide(
     spill = memory < floor + cache_nbytes
     caches = cache_part_nbytes if spill else cache_nbytes
     free = memory - (floor - min(least, everything)) - caches
-    if _kept(left) <= free:
+    if _kept(left, ends) <= free:
         resident, expert_slots = frozenset(left), 0
     else:  # experts last: the others are needed in each pass
         left = [unit for unit in model.units if unit not in on_device]
@@ -198,9 +200,10 @@ def decide(
             more = min(AHEAD - LEAST, len(model.units) - slots, (free - least) // slot)
             slots, ring, least = slots + more, ring + more * slot, least + more * slot
         beside = least - ring
-        resident = frozenset(left) if model.experts and _kept(left) <= free - beside else _spread(left, free - least)
+        fits = model.experts and _kept(left, ends) <= free - beside
+        resident = frozenset(left) if fits else _spread(left, free - least, ends)
     streamed = [unit for unit in left if unit not in resident]
-    host = _kept(resident)
+    host = _kept(resident, ends)
     ring = ring if streamed else convert if expert_slots else 0
     if expert_slots:
         expert_slots = min(len(model.experts), (free - host - ring) // expert_slot)
@@ -217,7 +220,7 @@ def decide(
         stored=model.stored_nbytes,
         streamed=sum(unit.nbytes for unit in streamed),
         host=host if device_memory else 0,
-        device=_kept(on_device),
+        device=_kept(on_device, ends),
         device_memory=device_memory,
         smallest=smallest,
         rows=rows,
@@ -240,31 +243,31 @@ def _slot(units: Iterable[Unit]) -> int:
     return max((unit.nbytes for unit in units), default=0) + 2 * 4096  # reads begin and end at page bounds
 
 
-def _kept(units: Iterable[Unit]) -> int:
-    return sum(unit.kept_nbytes for unit in units)
+def _kept(units: Collection[Unit], ends: int) -> int:
+    return sum(unit.kept_nbytes for unit in units) + ends * len(units)
 
 
 def _exactly(size: int) -> str:
     return f"{size} bytes" if size % 2**20 else f"{size >> 20}MiB"
 
 
-def _spread(units: tuple[Unit, ...] | list[Unit], budget: int) -> frozenset[Unit]:
+def _spread(units: tuple[Unit, ...] | list[Unit], budget: int, ends: int) -> frozenset[Unit]:
     """As many units as the budget holds, evenly between the others; then what still fits."""
-    total = sum(unit.kept_nbytes for unit in units)
+    total = _kept(units, ends)
     share = min(1.0, max(0, budget) / total) if total else 0.0
     chosen: list[Unit] = []
     due = 0.0
     for unit in units:
-        due += share * unit.kept_nbytes
-        if due >= unit.kept_nbytes:
-            due -= unit.kept_nbytes
+        due += share * (unit.kept_nbytes + ends)
+        if due >= unit.kept_nbytes + ends:
+            due -= unit.kept_nbytes + ends
             chosen.append(unit)
-    spare = budget - sum(unit.kept_nbytes for unit in chosen)
+    spare = budget - _kept(chosen, ends)
     kept = set(chosen)
     for unit in units:
-        if unit not in kept and unit.kept_nbytes <= spare:
+        if unit not in kept and unit.kept_nbytes + ends <= spare:
             kept.add(unit)
-            spare -= unit.kept_nbytes
+            spare -= unit.kept_nbytes + ends
     return frozenset(kept)
 
 
