@@ -63,6 +63,20 @@ def test_progress_is_told_while_loading_and_in_each_pass(toy):
     assert told[-1] == ("pass", len(run.parts), len(run.parts))
 
 
+def test_closing_within_a_pass_is_refused_and_harms_nothing(toy):
+    def close(what, done, of):
+        if what == "pass" and done == 3:
+            run.close()
+
+    with toy.run(toy.smallest(), progress=close) as run:
+        with pytest.raises(RuntimeError, match="close it after the pass"):
+            toy.last(run, [[1, 2, 3]])
+        run._progress = None
+        torch.testing.assert_close(
+            toy.last(run, [[1, 2, 3]])[0, -1], toy.resident_logits([1, 2, 3])[-1], atol=2e-5, rtol=0
+        )
+
+
 def test_modules_serve_again_in_another_run_and_a_closed_run_says_so(toy):
     parts = toy.parts()
     results = []

@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +101,7 @@ class PartialRun:
         }
         self.lock = threading.RLock()  # of a pass, and of what its caller knows of the caches
         self._forward: Forward | None = None
+        self._passing: threading.Thread | None = None  # in which a pass is under way
         self._closed = False
         self._opened = ExitStack()
         self._weights = Weights(self.parts, self._store, self._model, self.plan, self.device, progress)
@@ -161,8 +162,7 @@ class PartialRun:
             check_caches(caches, self._cache_like, first_row + rows, positions if slots is None else slots, kv_len or 0)
         if "end" in self.parts and before_end is None:
             self.check_logits(rows * length, rows * length)
-        with self.lock, one_pass_at_a_time, torch.inference_mode():
-            self.check_open()
+        with self.lock, one_pass_at_a_time, self._in_pass(), torch.inference_mode():
             start = time.perf_counter()
             waited, experts_read = self._weights.waited, self._weights.expert_bytes_read
             left_out = self._weights.rewind(without=None if with_end else "end")
@@ -231,12 +231,26 @@ class PartialRun:
         return self._opened.enter_context(caches)
 
     def close(self) -> None:
-        """End the threads, close the files and give the memory back. A second time it does nothing."""
+        """End the threads, close the files and give the memory back. A second time it does nothing.
+
+        A pass in another thread ends first, with an error where it needs more weights. Raises RuntimeError within a pass.
+        """
+        if self._passing is threading.current_thread():
+            raise RuntimeError("a pass of this run is under way in this very thread: close it after the pass")
         self._closed = True
         self._weights.stop()  # so that a pass in another thread, which has the lock, does not wait for slices
         with self.lock:
             self._opened.close()
             self._forward = None
+
+    @contextmanager
+    def _in_pass(self) -> Iterator[None]:
+        self.check_open()
+        self._passing = threading.current_thread()
+        try:
+            yield
+        finally:
+            self._passing = None
 
     def __enter__(self) -> PartialRun:
         return self
