@@ -655,6 +655,12 @@ def test_what_the_module_has_in_another_dtype_than_most_of_its_tensors_keeps_it(
             assert set(dtypes.values()) == {dtype or torch.float32}
 
 
+def test_the_computing_dtype_is_that_of_most_bytes_where_a_tied_embedding_has_another(case):
+    begin = {name: tensor.half() for name, tensor in case.weights["begin"].items()}
+    with offload(on_meta(), (case.weights | {"begin": begin}).__getitem__, memory="1GiB", context=8, runtime=0) as run:
+        assert run.plan.dtype == run.module(IDS[:1]).dtype == torch.float32
+
+
 def test_a_module_that_does_not_fit_the_weights_is_named(case):
     case.store._at["mid.00003", "up.weight"] = case.store._at["mid.00003", "down.weight"]
     with pytest.raises(

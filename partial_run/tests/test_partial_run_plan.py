@@ -85,6 +85,19 @@ def test_the_smallest_budget_of_the_default_works_and_is_the_one_that_an_error_n
         plan(toy.parts(), toy.store, memory=smallest - 16 * MIB)
 
 
+def test_the_computing_dtype_is_that_of_most_bytes_in_every_range(toy):
+    weights = {
+        part: {name: tensor.bfloat16() if tensor.dim() > 1 else tensor for name, tensor in tensors.items()}
+        for part, tensors in toy.weights.items()
+    }
+    parts = toy.parts()
+    for chosen in (list(parts), list(parts)[:4], list(parts)[4:], ["end"]):
+        decided = plan({part: parts[part] for part in chosen}, weights.__getitem__, memory="1GiB", **toy.BUDGET)
+        assert decided.dtype == torch.bfloat16
+    weights = toy.weights | {"begin": {"embed.weight": toy.weights["begin"]["embed.weight"].half()}}
+    assert plan(parts, weights.__getitem__, memory="1GiB", **toy.BUDGET).dtype == torch.float32
+
+
 def test_caches_count_and_go_to_disk_only_where_they_do_not_fit():
     kwargs: dict[str, Any] = dict(memory=2000 * MIB, runtime=300 * MIB, rows=8, cache_part_nbytes=100 * MIB)
     beside = decide(MODEL, cache_nbytes=500 * MIB, **kwargs)

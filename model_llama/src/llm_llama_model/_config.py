@@ -78,7 +78,8 @@ class Config:
     """The numbers and switches of one model; made by `Config.from_hf`.
 
     `windows` has one entry per layer: how many positions a query sees, its own included, or None for all before it.
-    `dtype` is the name of the stored type, such as `"bfloat16"`, or None where config.json does not say.
+    `dtype` is the name of the type that config.json says, such as `"bfloat16"`, or None. Parts do not depend on it, and files
+    that were converted may be stored in another; it is for those who run ranges of one model and want all in the same.
     """
 
     model_type: str

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ._blocks import parts_of, places
-from ._units import Model, Unit, _slices
+from ._units import Model, Unit, _slices, prevailing_dtype
 
 SMALL = 1 << 20  # bytes: a tensor of a block that is no larger always stays, as does any with one dimension
 CONV1D = "transformers.pytorch_utils.Conv1D"  # GPT-2's: x @ weight + bias; a slice of it gives no outputs, only sums
@@ -68,8 +68,8 @@ def survey_blocks(
     named = places(module, blocks)
     for key, tensor in module.state_dict(keep_vars=True).items():
         _check(key, tensor, *named[key], parts)
-    if dtype is None:
-        dtype = next((info.dtype for key in named if (info := _info(named[key], parts)).dtype.is_floating_point), None)
+    once = {id(tensor): named[key] for key, tensor in module.state_dict(keep_vars=True).items()}
+    dtype = dtype or prevailing_dtype(_info(place, parts) for place in once.values())
     if dtype is None:
         raise ValueError(f"{type(module).__name__} has no weights in floating point: there is nothing to run")
 

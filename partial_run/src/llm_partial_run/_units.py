@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,16 @@ def survey(parts: Mapping[str, nn.Module], weights: Any, dtype: torch.dtype | No
 
     Raises ValueError naming part and tensor where one is missing, or its shape or dtype is not the module's.
     """
+    infos = {
+        part: {
+            name: _checked(weights, place_of(part, module, name), tensor)
+            for name, tensor in module.state_dict().items()
+        }
+        for part, module in parts.items()
+    }
+    dtype = dtype or prevailing_dtype(info for named in infos.values() for info in named.values())
+    if dtype is None:
+        raise ValueError(f"no weights in floating point in the parts {list(parts)}: there is nothing to run")
     units: list[Unit] = []
     experts: list[Unit] = []
     kept: list[tuple[str, str]] = []
@@ -70,13 +81,10 @@ def survey(parts: Mapping[str, nn.Module], weights: Any, dtype: torch.dtype | No
         linears = {weight_of(name) for name in linears_of(module)}
         gathered = getattr(module, "gathered", {})
         widths = max(widths, _width(module) if part.startswith("mid") else 0)
-        for name, tensor in module.state_dict().items():
+        for name, info in infos[part].items():
             place = place_of(part, module, name)
-            info = _checked(weights, place, tensor)
             stored_nbytes += info.nbytes
-            if dtype is None and info.dtype.is_floating_point:
-                dtype = info.dtype
-            compute = dtype if info.dtype.is_floating_point and dtype is not None else info.dtype
+            compute = dtype if info.dtype.is_floating_point else info.dtype
             converted |= compute != info.dtype
             nbytes = info.nbytes // info.dtype.itemsize * compute.itemsize
             if name in gathered:
@@ -90,12 +98,18 @@ def survey(parts: Mapping[str, nn.Module], weights: Any, dtype: torch.dtype | No
             else:
                 kept.append((part, name))
                 kept_nbytes += nbytes
-    if dtype is None:
-        raise ValueError(f"no weights in floating point in the parts {list(parts)}: there is nothing to run")
     return Model(
         tuple(units), tuple(experts), tuple(kept), kept_nbytes, gathered_nbytes, stored_nbytes, dtype, converted,
         vocab_size, hidden_size, widths,
     )  # fmt: skip
+
+
+def prevailing_dtype(infos: Iterable[Any]) -> torch.dtype | None:
+    """The dtype in floating point that most bytes are stored in: norms in fp32, which often come first, decide nothing."""
+    nbytes: Counter[torch.dtype] = Counter()
+    for info in infos:
+        nbytes[info.dtype] += info.nbytes if info.dtype.is_floating_point else 0
+    return max(+nbytes, key=nbytes.__getitem__, default=None)
 
 
 def place_of(part: str, module: nn.Module, name: str) -> tuple[str, str]:

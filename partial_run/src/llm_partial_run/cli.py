@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         help="most tokens that one pass over the weights computes (default: 128). Where reading a layer takes longer than computing "
         "128 tokens with it, more make long prompts faster; a layer is then held in memory as a whole",
     )
-    shared.add_argument("--dtype", choices=DTYPES, help="to compute in (default: the one stored)")
+    shared.add_argument("--dtype", choices=DTYPES, help="to compute in (default: the one most weights are stored in)")
     shared.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     shared.add_argument(
         "--device-memory", metavar="SIZE", help="what may be used there (default: 90%% of what is free)"
