@@ -661,6 +661,14 @@ def test_the_computing_dtype_is_that_of_most_bytes_where_a_tied_embedding_has_an
         assert run.plan.dtype == run.module(IDS[:1]).dtype == torch.float32
 
 
+def test_weights_in_eight_bits_and_dtypes_that_nothing_is_computed_in_are_refused(case):
+    with pytest.raises(ValueError, match="dtype=torch.int8 is none to compute in"):
+        case.offload(dtype=torch.int8)
+    case.weights["mid.00003"]["up.weight"] = case.weights["mid.00003"]["up.weight"].to(torch.float8_e5m2)
+    with pytest.raises(ValueError, match="up.weight is stored as torch.float8_e5m2.*quantized weights cannot"):
+        offload(on_meta(), case.weights.__getitem__, memory="1GiB", context=8, runtime=0)
+
+
 def test_a_module_that_does_not_fit_the_weights_is_named(case):
     case.store._at["mid.00003", "up.weight"] = case.store._at["mid.00003", "down.weight"]
     with pytest.raises(

@@ -65,6 +65,20 @@ def test_weights_that_do_not_fit_the_modules_are_named(toy):
         PartialRun(toy.parts(), weights.__getitem__, memory="1GiB", **toy.BUDGET)
 
 
+@pytest.mark.parametrize(("part", "name"), [("begin", "embed.weight"), ("mid.00003", "out.weight")])
+def test_weights_in_eight_bits_are_refused_as_quantized(toy, part, name):
+    toy.weights[part][name] = toy.weights[part][name].to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=f"{part}: {name} is stored as torch.float8_e4m3fn.*quantized weights cannot"):
+        PartialRun(toy.parts(), toy.weights.__getitem__, memory="1GiB", **toy.BUDGET)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, torch.float8_e4m3fn])
+def test_a_dtype_that_nothing_can_be_computed_in_is_refused(toy, dtype):
+    with pytest.raises(ValueError, match=f"dtype={dtype!r} is none to compute in: give one of torch.bfloat16"):
+        toy.run("1GiB", dtype=dtype)
+    assert toy.store.reads == 0
+
+
 def test_a_module_that_calls_its_linears_in_another_order_is_refused_not_computed_wrongly(toy):
     parts = toy.parts()
     layer = parts["mid.00002"]

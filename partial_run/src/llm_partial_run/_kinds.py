@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ._blocks import parts_of, places
-from ._units import Model, Unit, _slices, prevailing_dtype
+from ._units import Model, Unit, _slices, can_stand_for, check_dtype, prevailing_dtype
 
 SMALL = 1 << 20  # bytes: a tensor of a block that is no larger always stays, as does any with one dimension
 CONV1D = "transformers.pytorch_utils.Conv1D"  # GPT-2's: x @ weight + bias; a slice of it gives no outputs, only sums
@@ -64,6 +64,7 @@ def survey_blocks(
 
     Raises ValueError naming part and tensor where one is missing, or its shape or dtype is not the module's.
     """
+    check_dtype(dtype)
     parts = {part: weights.tensors(part) for part in _parts(module, blocks)}
     named = places(module, blocks)
     for key, tensor in module.state_dict(keep_vars=True).items():
@@ -296,7 +297,7 @@ def _check(key: str, tensor: torch.Tensor, part: str, name: str, parts: Mapping[
             f"{part}: {name} is a single number with no dimension, which cannot be read by rows: give the module a tensor "
             "of shape [1] in its place, and weights= a load(part) that gives it with this shape"
         )
-    if info.dtype.is_floating_point != tensor.dtype.is_floating_point:
+    if not can_stand_for(info.dtype, tensor.dtype):
         raise ValueError(
             f"{part}: {name} is stored as {info.dtype}, the module computes in floating point: "
             "quantized weights cannot be run; use the unquantized checkpoint"

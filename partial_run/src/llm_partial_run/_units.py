@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+COMPUTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # fp8 is quantized: it needs scales besides
 SLICE = 4 << 20  # bytes: one read. Larger ones are no faster, and fewer of them fit in a ring of the same size
 
 
@@ -62,6 +63,7 @@ def survey(parts: Mapping[str, nn.Module], weights: Any, dtype: torch.dtype | No
 
     Raises ValueError naming part and tensor where one is missing, or its shape or dtype is not the module's.
     """
+    check_dtype(dtype)
     infos = {
         part: {
             name: _checked(weights, place_of(part, module, name), tensor)
@@ -110,6 +112,17 @@ def prevailing_dtype(infos: Iterable[Any]) -> torch.dtype | None:
     for info in infos:
         nbytes[info.dtype] += info.nbytes if info.dtype.is_floating_point else 0
     return max(+nbytes, key=nbytes.__getitem__, default=None)
+
+
+def check_dtype(dtype: object) -> None:
+    """Raises ValueError where `dtype` is none to compute in; None is the one stored."""
+    if dtype is not None and dtype not in COMPUTED:
+        raise ValueError(f"dtype={dtype!r} is none to compute in: give one of {', '.join(map(str, COMPUTED))}")
+
+
+def can_stand_for(stored: torch.dtype, own: torch.dtype) -> bool:
+    """Whether a tensor stored in one dtype can be converted to what the module has in another."""
+    return stored in COMPUTED if own.is_floating_point else not stored.is_floating_point
 
 
 def place_of(part: str, module: nn.Module, name: str) -> tuple[str, str]:
@@ -177,7 +190,7 @@ def _checked(weights: Any, place: tuple[str, str], tensor: Tensor) -> Any:
             f"{part}: {name} is {list(info.shape)} in the weights and {list(tensor.shape)} in the model. "
             "Do config and checkpoint belong together?"
         )
-    if info.dtype.is_floating_point != tensor.dtype.is_floating_point:
+    if not can_stand_for(info.dtype, tensor.dtype):
         raise ValueError(
             f"{part}: {name} is stored as {info.dtype}, the model computes in floating point: "
             "quantized weights cannot be run; use the unquantized checkpoint"
