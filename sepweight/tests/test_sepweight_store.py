@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import mmap
 import os
 import threading
@@ -301,6 +302,19 @@ def test_an_unknown_key_surfaces_as_the_layouts_error_with_the_file(tmp_path):
     with pytest.raises(WeightError, match="unknown key 'x'.*model.safetensors, tensor x") as caught:
         llm_sepweight.open(tmp_path, strict)
     assert isinstance(caught.value.__cause__, ValueError)
+
+
+@pytest.mark.parametrize(("config", "advice"), [({"act": "gelu"}, "look at both"), (None, "and there is none")])
+def test_where_a_layout_fails_the_config_that_it_goes_by_is_named_beside_the_key(tmp_path, config, advice):
+    save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors")
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def strict(key, config):
+        raise ValueError(f"act {config.get('act')!r} is not supported")
+
+    with pytest.raises(WeightError, match=f"tensor x.* by the key and by the model's config.json: {advice}"):
+        llm_sepweight.open(tmp_path, strict)
 
 
 def test_missing_slices_and_slices_that_differ_are_refused(tmp_path):
