@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -84,6 +85,29 @@ def test_what_is_wrong_with_a_model_is_said_in_one_line(model, break_it, message
     assert done.stdout == ""
 
 
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda m: edit(m / "config.json", hidden_act="gelu"), "{}/config.json: hidden_act 'gelu'"),
+        (lambda m: edit(m / "config.json", num_hidden_layers=7), "no part 'mid.00006'.*(file {}). Take weights"),
+        (lambda m: edit(m / "config.json", intermediate_size=48), "in the weights in {} and .* Take weights"),
+        (lambda m: (m / "config.json").write_bytes(b"\xff"), "{}/config.json is no model's config.* download it"),
+        (lambda m: (m / "generation_config.json").write_bytes(b"\xff"), "{}/generation_config.json is damaged"),
+        (lambda m: shutil.rmtree(m), "{}/config.json does not exist: give the directory of a checkpoint"),
+    ],
+)  # fmt: skip
+def test_the_file_at_fault_is_named(model, capsys, break_it, message):
+    break_it(model)
+    assert cli.main(["generate", str(model), "--prompt", PROMPT, "--memory", "1GiB"]) == 2
+    out, errors = capsys.readouterr()
+    assert re.search(message.replace("(", r"\(").replace(")", r"\)").format(model), errors), errors
+    assert (out, errors.count("\n")) == ("", 1)
+
+
 def test_a_tokenizer_file_made_for_training_neither_cuts_nor_pads_the_prompt(model):
     facts = json.loads((model / "tokenizer.json").read_text())
     facts["truncation"] = {"max_length": 3, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}
@@ -98,6 +122,12 @@ def test_a_prompt_that_is_no_text_is_named():
     done = command("generate", MODEL, "--prompt", os.fsdecode(b"\xff"), "--memory", "1GiB")
     assert (done.returncode, done.stdout) == (2, "")
     assert "the prompt is no UTF-8" in done.stderr
+
+
+def test_a_prompt_on_stdin_that_is_no_text_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Q: \xff"), "utf-8"))
+    assert cli.main(["generate", str(MODEL), "--prompt", "-", "--memory", "1GiB"]) == 2
+    assert "the prompt is no UTF-8 ('utf-8' codec can't decode byte 0xff in position 3" in capsys.readouterr().err
 
 
 def test_a_reader_that_has_enough_ends_the_command_without_a_traceback():

@@ -65,6 +65,22 @@ def test_weights_that_do_not_fit_the_modules_are_named(toy):
         PartialRun(toy.parts(), weights.__getitem__, memory="1GiB", **toy.BUDGET)
 
 
+def test_weights_from_elsewhere_are_named_by_their_directory_with_the_remedy(toy, monkeypatch):
+    def tensors(part):
+        raise ValueError(f"there is no part {part!r} (file /model)")
+
+    toy.store.path = "/model"
+    toy.store._at["mid.00003", "out.weight"] = toy.store._at["mid.00003", "qkv.weight"]
+    with pytest.raises(ValueError, match=r"in the weights in /model and \[32, 32\] .* from the same checkpoint"):
+        toy.run("1GiB")
+    del toy.store._at["mid.00003", "out.weight"]
+    with pytest.raises(ValueError, match=r"the weights in /model have no 'out.weight'.* from the same checkpoint"):
+        toy.run("1GiB")
+    monkeypatch.setattr(toy.store, "tensors", tensors)
+    with pytest.raises(ValueError, match=r"no part 'begin' \(file /model\)\. Take .* or only parts that are there"):
+        toy.run("1GiB")
+
+
 @pytest.mark.parametrize(("part", "name"), [("begin", "embed.weight"), ("mid.00003", "out.weight")])
 def test_weights_in_eight_bits_are_refused_as_quantized(toy, part, name):
     toy.weights[part][name] = toy.weights[part][name].to(torch.float8_e4m3fn)

@@ -179,20 +179,22 @@ def _slices(part: str, name: str, rows: int, nbytes: int, kept_nbytes: int) -> l
 def _checked(weights: Any, place: tuple[str, str], tensor: Tensor) -> Any:
     """What the store says of a tensor, which has to be what the module has."""
     part, name = place
-    stored = weights.tensors(part)
+    remedy = "Take weights, with their index, and the config that the model is made by from the same checkpoint"
+    where = f"the weights in {weights.path}" if hasattr(weights, "path") else "the weights"
+    try:
+        stored = weights.tensors(part)
+    except ValueError as error:
+        raise ValueError(f"{error}. {remedy}, or only parts that are there") from error
     if name not in stored:
-        raise ValueError(
-            f"{part}: the weights have no {name!r}; they have {sorted(stored)}. Do config and checkpoint belong together?"
-        )
+        raise ValueError(f"{part}: {where} have no {name!r}; they have {sorted(stored)}. {remedy}")
     info = stored[name]
     if tuple(info.shape) != tuple(tensor.shape):
         raise ValueError(
-            f"{part}: {name} is {list(info.shape)} in the weights and {list(tensor.shape)} in the model. "
-            "Do config and checkpoint belong together?"
+            f"{part}: {name} is {list(info.shape)} in {where} and {list(tensor.shape)} in the model. {remedy}"
         )
     if not can_stand_for(info.dtype, tensor.dtype):
         raise ValueError(
-            f"{part}: {name} is stored as {info.dtype}, the model computes in floating point: "
+            f"{part}: {name} is stored as {info.dtype} in {where}, the model computes in floating point: "
             "quantized weights cannot be run; use the unquantized checkpoint"
         )
     return info

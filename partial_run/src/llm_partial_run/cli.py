@@ -98,8 +98,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    with Opened(arguments.model_dir) as (family, weights):
-        config = family.Config.from_hf(weights.config)
+    family, config = _family(arguments.model_dir)
+    with _sibling("llm_sepweight").open(arguments.model_dir, layout=family.layout) as weights:
         decided = plan(
             family.parts(config),
             weights,
@@ -111,17 +111,17 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _generate(arguments: argparse.Namespace) -> int:
     sampler = _sibling("llm_sampler")
+    family, config = _family(arguments.model_dir)
     tokenizer = _tokenizer(arguments.model_dir)
-    text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     try:
+        text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
         text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the prompt is no UTF-8 ({error.reason} at character {error.start}): convert it") from error
+    except UnicodeError as error:
+        raise ValueError(f"the prompt is no UTF-8 ({error}): convert it") from error
     prompt = tokenizer.encode(text).ids
     if not prompt:
         raise ValueError("the prompt is empty: give --prompt at least one token")
-    with Opened(arguments.model_dir) as (family, weights):
-        config = family.Config.from_hf(weights.config)
+    with _sibling("llm_sepweight").open(arguments.model_dir, layout=family.layout) as weights:
         settings = {
             "max_new_tokens": arguments.max_new_tokens,
             "temperature": arguments.temperature,
@@ -192,28 +192,15 @@ def _facts(run: PartialRun, prompt: list[int], times: list[float], start: float,
     }
 
 
-class Opened:
-    """The family that a checkpoint belongs to, and its weights, closed at the end."""
-
-    def __init__(self, model_dir: Path):
-        self._path = model_dir
-
-    def __enter__(self) -> tuple[Any, Any]:
-        family = _family(self._path)
-        self._weights = _sibling("llm_sepweight").open(self._path, layout=family.layout)
-        return family, self._weights
-
-    def __exit__(self, *_: object) -> None:
-        self._weights.close()
-
-
-def _family(model_dir: Path) -> Any:
+def _family(model_dir: Path) -> tuple[Any, Any]:
+    """The package that runs what config.json describes, and its config."""
     path = model_dir / "config.json"
     if not path.exists():
         raise ValueError(f"{path} does not exist: give the directory of a checkpoint, as downloaded or split")
     try:
-        model_type = json.loads(path.read_text())["model_type"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        said = json.loads(path.read_text("utf-8"))
+        model_type = said["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no model's config ({type(error).__name__}: {error}): download it again") from error
     found = {entry.name: entry for entry in entry_points(group=FAMILIES)}
     if not isinstance(model_type, str) or model_type not in found:
@@ -221,7 +208,11 @@ def _family(model_dir: Path) -> Any:
             f"{path}: no installed package runs the model_type {model_type!r}; those here run {', '.join(sorted(found)) or 'none'}. "
             "pip install llm_llama_model, or another family's package"
         )
-    return found[model_type].load()
+    family = found[model_type].load()
+    try:
+        return family, family.Config.from_hf(said)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _sibling(name: str) -> Any:
@@ -251,8 +242,8 @@ def _stop_ids(model_dir: Path, config: Any) -> tuple[int, ...]:
     """The end-of-text ids: generation_config.json's, which chat models extend, and the config's."""
     path = model_dir / "generation_config.json"
     try:
-        listed = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-    except (json.JSONDecodeError, AttributeError) as error:
+        listed = json.loads(path.read_text("utf-8")).get("eos_token_id") if path.exists() else None
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): download it again, or delete it") from error
     more = [listed] if isinstance(listed, int) else listed or []
     return tuple(dict.fromkeys([*more, *config.eos_ids]))
