@@ -37,7 +37,11 @@ def main() -> None:
     prompt = tokenizer.encode(f"Q: {arguments.question}\nA:").ids
     with llm_sepweight.open(MODEL, layout=llama.layout) as weights:
         config = llama.Config.from_hf(weights.config)
-        with llm_partial_run.PartialRun(llama.parts(config), weights, memory=arguments.memory, **BUDGET) as run:
+        try:
+            run = llm_partial_run.PartialRun(llama.parts(config), weights, memory=arguments.memory, **BUDGET)
+        except ValueError as error:
+            parser.error(str(error))
+        with run:
             print(f"The plan, for {arguments.memory} beside what Python and torch use:\n\n{run.plan}\n")
             print(f"Q: {arguments.question}\nA:", end="", flush=True)
             start = time.perf_counter()

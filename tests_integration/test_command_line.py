@@ -108,6 +108,24 @@ def test_the_file_at_fault_is_named(model, capsys, break_it, message):
     assert (out, errors.count("\n")) == ("", 1)
 
 
+@pytest.mark.parametrize("wrong", [1.5, [[1]], "abc", True, -1, [0, 1000]])
+def test_an_end_of_text_that_is_no_id_is_refused_with_its_file(model, capsys, wrong):
+    path = model / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": wrong}))
+    assert cli.main(["generate", str(model), "--prompt", PROMPT, "--memory", "1GiB"]) == 2
+    assert (
+        f"{path}: eos_token_id has to be an id below 1000, a list of them or null, and is {wrong!r}"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("eos", [None, 0, [], [3, 0]])
+def test_an_end_of_text_may_be_an_id_or_several_or_none(model, capsys, eos):
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    assert cli.main(["generate", str(model), "--prompt", PROMPT, "--memory", "8GiB", "--max-new-tokens", "8"]) == 0
+    assert capsys.readouterr().out.strip() == "Paris"
+
+
 def test_a_tokenizer_file_made_for_training_neither_cuts_nor_pads_the_prompt(model):
     facts = json.loads((model / "tokenizer.json").read_text())
     facts["truncation"] = {"max_length": 3, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}

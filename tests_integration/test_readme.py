@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,3 +31,13 @@ def test_the_demo_answers_and_its_streamed_logits_are_the_resident_ones():
     shown = run("demo/demo.py", "--question", "Is the sun a star?")
     assert "A: Yes" in shown
     assert "bit for bit" in shown
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"), [("1MiB", "the smallest that works is"), ("x", "memory='x' is no size")]
+)
+def test_the_demo_refuses_a_memory_that_will_not_do_in_one_line(monkeypatch, capsys, memory, message):
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--memory", memory])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(ROOT / "demo" / "demo.py"), run_name="__main__")
+    assert message in capsys.readouterr().err.splitlines()[-1]

@@ -25,6 +25,8 @@ def test_sizes_are_read_as_people_write_them():
     for wrong in ("4 apples", "", "-1GiB", "GiB"):
         with pytest.raises(ValueError, match="is no size"):
             parse_bytes(wrong)
+    with pytest.raises(ValueError, match="memory='9+GiB' is more than any machine has"):
+        parse_bytes("9" * 400 + "GiB", "memory")
 
 
 def test_memory_in_use_is_within_its_peak_and_what_is_available():

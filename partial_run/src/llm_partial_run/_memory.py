@@ -28,7 +28,10 @@ def parse_bytes(size: int | str, name: str = "size") -> int:
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", size.lower()) if isinstance(size, str) else None
     if not found or found[2] not in _UNITS:
         raise ValueError(f"{name}={size!r} is no size: write it like '4GiB', '800MiB' or a number of bytes")
-    return int(float(found[1]) * _UNITS[found[2]])
+    try:
+        return int(float(found[1]) * _UNITS[found[2]])
+    except OverflowError:
+        raise ValueError(f"{name}={size!r} is more than any machine has: write it like '4GiB'") from None
 
 
 def format_bytes(size: float) -> str:

@@ -245,7 +245,12 @@ def _stop_ids(model_dir: Path, config: Any) -> tuple[int, ...]:
         listed = json.loads(path.read_text("utf-8")).get("eos_token_id") if path.exists() else None
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): download it again, or delete it") from error
-    more = [listed] if isinstance(listed, int) else listed or []
+    more = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    if not all(type(each) is int and 0 <= each < config.vocab_size for each in more):
+        raise ValueError(
+            f"{path}: eos_token_id has to be an id below {config.vocab_size}, a list of them or null, and is {listed!r}: "
+            "download it again, or delete it"
+        )
     return tuple(dict.fromkeys([*more, *config.eos_ids]))
 
 
