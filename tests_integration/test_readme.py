@@ -27,6 +27,12 @@ def test_the_program_in_the_readme_runs_and_gives_the_right_answer():
     assert shown.strip().endswith("Paris")
 
 
+def test_the_command_below_make_demo_stands_where_that_installs_it():
+    (installs_into,) = re.findall(r"^BIN := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    _, after = (ROOT / "README.md").read_text().split("    make demo\n")
+    assert re.findall(r"^    (\S+) generate", after, re.MULTILINE) == [f"{installs_into}/llm-partial-run"]
+
+
 def test_the_demo_answers_and_its_streamed_logits_are_the_resident_ones():
     shown = run("demo/demo.py", "--question", "Is the sun a star?")
     assert "A: Yes" in shown
