@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import tqdm
+from tokenizers import Tokenizer
 
 from llm_partial_run import cli
 
@@ -124,6 +125,19 @@ def test_an_end_of_text_may_be_an_id_or_several_or_none(model, capsys, eos):
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
     assert cli.main(["generate", str(model), "--prompt", PROMPT, "--memory", "8GiB", "--max-new-tokens", "8"]) == 0
     assert capsys.readouterr().out.strip() == "Paris"
+
+
+def test_more_tokens_than_a_model_is_supported_for_are_refused_before_anything_is_loaded(model, capsys):
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    edit(model / "config.json", rope_parameters=dynamic, max_position_embeddings=64, eos_token_id=None)
+    longest = 65 - len(Tokenizer.from_file(str(model / "tokenizer.json")).encode(PROMPT).ids)
+    line = ["generate", str(model), "--prompt", PROMPT, "--memory", "8GiB", "--json", "--max-new-tokens"]
+    assert cli.main([*line, str(longest)]) == 0
+    assert json.loads(capsys.readouterr().out)["new_tokens"] == longest
+    assert cli.main([*line, str(longest + 1)]) == 2
+    out, errors = capsys.readouterr()
+    assert (out, errors.count("\n")) == ("", 1)
+    assert f"--max-new-tokens {longest + 1} together are more than the 65 up to which this model is supported" in errors
 
 
 def test_a_tokenizer_file_made_for_training_neither_cuts_nor_pads_the_prompt(model):

@@ -131,6 +131,12 @@ def test_dynamic_rope_ends_where_either_of_its_lengths_ends():
     assert read(max_position_embeddings=64, rope_scaling=shorter).rope.original_length == 16
 
 
+def test_only_dynamic_rope_limits_the_context_and_its_config_says_where():
+    assert read(max_position_embeddings=64, rope_scaling={"rope_type": "dynamic", "factor": 2.0}).longest_context == 64
+    assert read(max_position_embeddings=64).longest_context is None
+    assert read(max_position_embeddings=64, rope_scaling=LLAMA3).longest_context is None
+
+
 @pytest.mark.parametrize(
     ("model", "layers", "sizes", "flags"),
     [

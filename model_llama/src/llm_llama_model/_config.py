@@ -103,6 +103,17 @@ class Config:
     eos_ids: tuple[int, ...]
     dtype: str | None
 
+    @property
+    def longest_context(self) -> int | None:
+        """How many positions can be computed, from 0 on; None where nothing limits them.
+
+        >>> Config.from_hf(dict(model_type="llama", vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        ...                     num_attention_heads=4, max_position_embeddings=64,
+        ...                     rope_scaling={"type": "dynamic", "factor": 2.0})).longest_context
+        64
+        """
+        return self.rope.original_length if self.rope.rope_type == "dynamic" else None
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Config:
         """Reads the mapping of a Hugging Face config.json, as any version of transformers writes it.

@@ -141,6 +141,12 @@ def _generate(arguments: argparse.Namespace) -> int:
                 f"--context {context} is less than the prompt's {len(prompt)} tokens and --max-new-tokens "
                 f"{arguments.max_new_tokens} together"
             )
+        longest = getattr(config, "longest_context", None)
+        if longest is not None and needed - 1 > longest:  # the last new token is not computed with
+            raise ValueError(
+                f"the prompt's {len(prompt)} tokens and --max-new-tokens {arguments.max_new_tokens} together are more than the "
+                f"{longest + 1} up to which this model is supported, by its config.json: give fewer of either"
+            )
         budget = _budget(arguments, context)
         start = time.perf_counter()
         with Bar() as progress, PartialRun(family.parts(config), weights, **budget, progress=progress) as run:
