@@ -209,7 +209,7 @@ def places(key: str, layout: Layout, config: dict[str, Any], file: object) -> li
     try:
         answer = list(layout(key, config))
     except Exception as error:
-        advice = "look at both" if config else "and there is none"
+        advice = "look at both" if config else "there is none"
         remedy = f"A layout goes by the key and by the model's config.json: {advice}."
         raise WeightError(f"the layout fails: {error}", file=file, tensor=key, remedy=remedy) from error
     found = []
