@@ -100,6 +100,20 @@ def test_the_plan_counts_what_is_allocated_when_a_long_prompt_comes_in_chunks(na
     assert allocated <= run.plan.caches + run.plan.activations
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_plan_counts_what_is_allocated_for_one_more_token_of_many_long_rows(name, tmp_path):
+    config = copy.deepcopy(CONFIGS[name])
+    config.max_position_embeddings = config.n_positions = config.max_seq_len = 256
+    path = save(config, tmp_path, torch.bfloat16)
+    model, prompts = on_meta(path), torch.ones(16, 256, dtype=torch.long)
+    with torch.no_grad():
+        kept: Any = resident(path)(prompts[:, 1:], use_cache=True).past_key_values
+    step = dict(attention_mask=prompts, use_cache=True)
+    with offloaded(path, model, rows=16, context=256, tokens=16) as run, torch.no_grad():
+        allocated = peak_of_allocations(lambda: model(prompts[:, :1], past_key_values=copy.deepcopy(kept), **step))
+    assert allocated <= run.plan.caches + run.plan.activations
+
+
 def test_the_plan_counts_what_many_heads_expand_of_a_long_context(tmp_path):
     many = dict[str, Any](
         num_attention_heads=32, num_key_value_heads=32, num_hidden_layers=2, max_position_embeddings=256

@@ -198,8 +198,8 @@ def copied_nbytes(module: nn.Module, rows: int, context: int, dtype: torch.dtype
 
     A cache grows by `cat`: the longer keys, or values, are there beside the shorter ones. Where several heads share a key,
     both are repeated for each head, as transformers does it wherever there is a mask and more than one token. Latent ones
-    are expanded for each head, and put together. Where values are narrower than keys torch takes both in fp32, and
-    scales the keys.
+    are expanded for each head, and put together. Where values are narrower than keys, or all heads share one, torch takes
+    both in fp32, and scales the keys. Models that compute attention themselves may take the keys in fp32, as GPT-J does.
     """
 
     def copied(config: Any) -> int:
@@ -207,7 +207,9 @@ def copied_nbytes(module: nn.Module, rows: int, context: int, dtype: torch.dtype
         grown = key_heads * max(key, value)
         repeated = heads * (key + value) if heads > key_heads else 0
         expanded = heads * (2 * key + value) if getattr(config, "kv_lora_rank", None) else 0
-        in_fp32 = heads * (2 * key + value) if key != value else 0
+        by_torch = heads if key != value else key_heads * _multi_query(config)
+        by_model = key_heads * (_eager(config) and dtype != torch.float32)
+        in_fp32 = by_torch * (2 * key + value) + by_model * key
         return (grown + repeated + expanded) * dtype.itemsize + in_fp32 * 4
 
     return max(map(copied, _layers(module)), default=0) * rows * context
@@ -242,6 +244,11 @@ def _multi_query(config: Any) -> bool:
     return bool(getattr(config, "multi_query", False)) and not getattr(config, "new_decoder_architecture", False)
 
 
+def _eager(config: Any) -> bool:
+    """Whether the model computes attention itself, step by step."""
+    return getattr(config, "_attn_implementation", None) == "eager"
+
+
 def _scores(module: nn.Module, context: int, dtype: torch.dtype) -> int:
     """Elements per token of attention scores, and of a mask for each head, for a model that holds all of them at once.
 
@@ -251,7 +258,7 @@ def _scores(module: nn.Module, context: int, dtype: torch.dtype) -> int:
 
     def held(config: Any) -> int:
         heads, _, key, value = _heads(config)
-        eager = getattr(config, "_attn_implementation", None) == "eager" or _multi_query(config) or key != value
+        eager = _eager(config) or _multi_query(config) or key != value
         alibi = bool(
             getattr(config, "alibi", False)
         )  # Falcon's goes into the mask, which is then one of each row and head
