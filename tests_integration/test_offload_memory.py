@@ -100,9 +100,12 @@ def test_the_plan_counts_what_is_allocated_when_a_long_prompt_comes_in_chunks(na
     assert allocated <= run.plan.caches + run.plan.activations
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+WINDOW = hf.Phi3Config(**LLAMA | dict[str, Any](num_key_value_heads=4, sliding_window=255, pad_token_id=0))
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "window"])
 def test_the_plan_counts_what_is_allocated_for_one_more_token_of_many_long_rows(name, tmp_path):
-    config = copy.deepcopy(CONFIGS[name])
+    config = copy.deepcopy(CONFIGS.get(name, WINDOW))
     config.max_position_embeddings = config.n_positions = config.max_seq_len = 256
     path = save(config, tmp_path, torch.bfloat16)
     model, prompts = on_meta(path), torch.ones(16, 256, dtype=torch.long)

@@ -196,15 +196,17 @@ def _refuse_other_states(module: nn.Module) -> None:
 def copied_nbytes(module: nn.Module, rows: int, context: int, dtype: torch.dtype) -> int:
     """What attention copies of the keys and values of one layer, for a while.
 
-    A cache grows by `cat`: the longer keys, or values, are there beside the shorter ones. Where several heads share a key,
-    both are repeated for each head, as transformers does it wherever there is a mask and more than one token. Latent ones
-    are expanded for each head, and put together. Where values are narrower than keys, or all heads share one, torch takes
-    both in fp32, and scales the keys. Models that compute attention themselves may take the keys in fp32, as GPT-J does.
+    A cache grows by `cat`: the longer keys, or values, are there beside the shorter ones, and both where a window is cut out
+    of them. Where several heads share a key, both are repeated for each head, as transformers does it wherever there is a
+    mask and more than one token. Latent ones are expanded for each head, and put together. Where values are narrower than
+    keys, or all heads share one, torch takes both in fp32, and scales the keys. Models that compute attention themselves
+    may take the keys in fp32, as GPT-J does.
     """
 
     def copied(config: Any) -> int:
         heads, key_heads, key, value = _heads(config)
-        grown = key_heads * max(key, value)
+        windowed = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+        grown = key_heads * (key + value if windowed else max(key, value))
         repeated = heads * (key + value) if heads > key_heads else 0
         expanded = heads * (2 * key + value) if getattr(config, "kv_lora_rank", None) else 0
         by_torch = heads if key != value else key_heads * _multi_query(config)
