@@ -28,7 +28,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 class Config:
     """The numbers of one model; made by `Config.from_hf` or `Config.preset`.
 
-    `dtype` is the name of the stored type, such as `"bfloat16"`, or None where config.json does not say.
+    `dtype` is the name of the type that config.json says, such as `"bfloat16"`, or None; parts do not depend on it.
     """
 
     model_type: str

@@ -39,7 +39,7 @@ class Config:
 
     `num_kv_heads` is the number that is stored: 1 where all heads share one (7b), 8 in 40b, 180b and 11B.
     `separate_layernorms`: attention and MLP, side by side, have a norm each (40b, 180b).
-    `dtype` is the name of the stored type, such as `"bfloat16"`, or None where config.json does not say.
+    `dtype` is the name of the type that config.json says, such as `"bfloat16"`, or None; parts do not depend on it.
     """
 
     model_type: str

@@ -68,7 +68,7 @@ def offload(
     :param blocks: the path of their list ("model.layers"), or the blocks in order. Default: the largest list of modules.
     :param whole_blocks: bind every matrix of a block before it runs, for blocks that compute with them in ways of their
         own. Costs the memory of a block.
-    :param dtype: to compute in. Default: the one stored.
+    :param dtype: to compute in. Default: the one that most bytes are stored in.
     :param cache: bytes to count for keys and values. Default: by the module's config, where it has one. Needed for
         recurrent layers, whose states and scans it has to hold as well.
     :param buffers: values of buffers that are on meta, in no checkpoint, and not computed by their own module.

@@ -52,7 +52,7 @@ class PartialRun:
     :param rows: sequences that the caches of `forward` hold. :param context: tokens that each of them may have.
     :param tokens: tokens that a pass over the weights computes at most. Default: `micro_batch`.
     :param micro_batch: tokens that go through a layer at once. Default: 128.
-    :param dtype: to compute in. Default: the one stored.
+    :param dtype: to compute in. Default: the one that most bytes are stored in.
     :param device: where to compute. With "cuda" weights stay in `device_memory` first, then in pinned host memory.
     :param runtime: bytes to count for Python and torch. Default: measured; 0 lets `memory` count the model alone.
     :param spill: directory, on a disk, for the caches that do not fit in memory. Default: /var/tmp.

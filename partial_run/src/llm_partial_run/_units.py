@@ -115,7 +115,7 @@ def prevailing_dtype(infos: Iterable[Any]) -> torch.dtype | None:
 
 
 def check_dtype(dtype: object) -> None:
-    """Raises ValueError where `dtype` is none to compute in; None is the one stored."""
+    """Raises ValueError where `dtype` is none to compute in; None is the one that most bytes are stored in."""
     if dtype is not None and dtype not in COMPUTED:
         raise ValueError(f"dtype={dtype!r} is none to compute in: give one of {', '.join(map(str, COMPUTED))}")
 
