@@ -240,7 +240,7 @@ def test_heads_attended_to_some_at_a_time_give_the_same(config, ids, monkeypatch
     model = Model(config)
     whole = model.full(ids)
     monkeypatch.setattr(_model, "SCORES", 1)
-    assert torch.equal(model.full(ids), whole)
+    torch.testing.assert_close(model.full(ids), whole, atol=2e-5, rtol=0)  # threads share the heads otherwise
 
 
 @pytest.mark.parametrize("num_heads", [1, 4, 7, 12, 71])
