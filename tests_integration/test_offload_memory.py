@@ -160,21 +160,21 @@ def peak_of_allocations(work) -> int:
 PROGRAM = r"""
 import re, sys, torch, llm_partial_run, llm_sepweight
 from transformers import AutoConfig, AutoModelForCausalLM
-path, more, context, chunk = sys.argv[1], *map(int, sys.argv[2:])
+path, more, rows, context, chunk, new, beams = sys.argv[1], *map(int, sys.argv[2:])
 with torch.device("meta"):
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).eval()
 weights = llm_sepweight.open(path, layout=llm_partial_run.layout_from_module(model))
-budget = dict(rows=2, context=context, tokens=2 * (chunk or context))
+budget = dict(rows=rows, context=context, tokens=rows * (chunk or context))
 try:
     llm_partial_run.offload(model, weights, memory=1, **budget)
 except llm_partial_run.BudgetError as error:
     memory = error.smallest + more
 with llm_partial_run.offload(model, weights, memory=memory, **budget) as run:
-    prompts = torch.randint(0, 4096, (2, context - 12))
-    how = dict(prefill_chunk_size=chunk) if chunk else {}
+    prompts = torch.randint(0, 4096, (rows // beams, context - new))
+    how = dict(max_new_tokens=new, num_beams=beams, do_sample=False, eos_token_id=None, pad_token_id=0)
     if not chunk:
         model(prompts)
-    model.generate(prompts, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0, **how)
+    model.generate(prompts, **how, **(dict(prefill_chunk_size=chunk) if chunk else {}))
 peak = re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]  # not that of whoever started it
 print(memory, int(peak) * 1024, run.plan.streamed, run.plan.resident)
 """
@@ -220,10 +220,16 @@ def test_the_process_stays_within_its_memory_when_a_long_prompt_comes_in_chunks(
     assert_stays_within_memory(config, tmp_path, 32 << 20, 3072, 512)
 
 
-def assert_stays_within_memory(config, path, more, context, chunk):
+def test_the_process_stays_within_its_memory_when_keys_and_values_follow_their_beams(tmp_path):
+    config = hf.LlamaConfig(hidden_size=1024, intermediate_size=256, num_hidden_layers=10, num_attention_heads=8,
+                            vocab_size=4096)  # fmt: skip
+    assert_stays_within_memory(config, tmp_path, 0, 256, 64, rows=16, new=5, beams=4)
+
+
+def assert_stays_within_memory(config, path, more, context, chunk, rows=2, new=12, beams=1):
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, path, *map(str, (more, context, chunk))],
+        [sys.executable, "-c", PROGRAM, path, *map(str, (more, rows, context, chunk, new, beams))],
         capture_output=True,
         text=True,
         timeout=170,

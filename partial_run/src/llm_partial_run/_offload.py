@@ -19,7 +19,7 @@ from ._blocks import find_blocks, parts_of, places
 from ._budget import DEFAULT_SHARE, MARGIN, SLACK
 from ._buffers import computed_buffers
 from ._kinds import Survey, cache_nbytes, copied_nbytes, survey_blocks
-from ._memory import available, measured_runtime, parse_bytes
+from ._memory import available, give_freed_memory_back, measured_runtime, parse_bytes
 from ._plan import Plan, decide
 from ._run import Stats
 from ._stores import as_store, read_rate
@@ -125,6 +125,8 @@ class Offload:
         survey = survey_blocks(module, found, store, dtype=dtype, context=context, whole_blocks=whole_blocks)
         computed = computed_buffers(module, buffers)
         self.plan = self._decide(store, survey, memory, rows, context, tokens, cache, device_memory, runtime)
+        if self.plan.memory - self.plan.used < self.plan.caches:  # no room for the holes that keys and values leave
+            give_freed_memory_back()
         self._lock = threading.RLock()  # entered itself, as a stream's
         self._turn = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None  # in which a pass, or a block called by hand, is running
