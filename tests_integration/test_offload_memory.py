@@ -226,6 +226,11 @@ def test_the_process_stays_within_its_memory_when_keys_and_values_follow_their_b
     assert_stays_within_memory(config, tmp_path, 0, 256, 64, rows=16, new=5, beams=4)
 
 
+def test_the_process_stays_within_its_memory_when_attention_has_a_new_shape_with_each_of_many_tokens(tmp_path):
+    config = hf.BloomConfig(hidden_size=512, n_layer=6, n_head=8, vocab_size=4096)
+    assert_stays_within_memory(config, tmp_path, 0, 176, 16, rows=4, new=160)
+
+
 def assert_stays_within_memory(config, path, more, context, chunk, rows=2, new=12, beams=1):
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
     done = subprocess.run(

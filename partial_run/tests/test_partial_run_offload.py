@@ -6,7 +6,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -794,3 +794,56 @@ def test_progress_is_told_while_loading_and_in_each_pass(case):
         run.module(IDS)
     assert ("loading", run.plan.resident, run.plan.resident) in told
     assert told[-1] == ("pass", LAYERS, LAYERS)
+
+
+class Attending(nn.Module):
+    """Its block's own code notes whether oneDNN is on."""
+
+    noted: ClassVar[list[tuple[str, bool]]] = []
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(HIDDEN, HIDDEN, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            Attending.attend()
+            return self.up(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Attending.Block() for _ in range(2))
+        self.beside = nn.Linear(HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    @staticmethod
+    def attend() -> None:
+        Attending.noted.append(("attention", torch.backends.mkldnn.enabled))
+
+
+def test_attention_for_one_token_a_row_goes_without_onednn_and_linears_of_several_rows_with_it(case, monkeypatch):
+    own = Case(case.path / "of attention", case.store_of, Attending)
+    real = F.linear
+    note = Attending.noted.append
+    monkeypatch.setattr(F, "linear", lambda *args: note(("linear", torch.backends.mkldnn.enabled)) or real(*args))
+    shapes = {(3, 1): False, (1, 1): False, (3, 2): True}  # rows and tokens, and whether attention has oneDNN
+    with own.offload(dtype=torch.bfloat16, rows=3) as run, torch.no_grad():
+        for shape, attention in shapes.items():
+            Attending.noted.clear()
+            run.module(torch.ones(*shape, HIDDEN, dtype=torch.bfloat16))
+            assert set(Attending.noted) == {("attention", attention), ("linear", shape != (1, 1))}, shape
+    assert torch.backends.mkldnn.enabled
+    own.store.close()
+
+
+def test_a_block_that_attends_may_wait_for_a_linear_beside_it_in_another_thread(case, monkeypatch):
+    own = Case(case.path / "of attention", case.store_of, Attending)
+    x = torch.ones(1, 1, HIDDEN, dtype=torch.bfloat16)
+    with own.offload(dtype=torch.bfloat16) as run, ThreadPoolExecutor(1) as other:
+        monkeypatch.setattr(Attending, "attend", lambda: other.submit(run.module.beside, x).result(timeout=20))
+        run.module(x)
+    own.store.close()

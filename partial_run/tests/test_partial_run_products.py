@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llm_partial_run._products import product
+from llm_partial_run._products import onednn, product, without_onednn
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -51,6 +51,40 @@ def test_several_rows_in_bf16_come_in_few_numbers(monkeypatch: pytest.MonkeyPatc
     assert len(seen) == 24
 
 
+def test_several_rows_go_to_onednn_where_the_code_around_them_does_not(monkeypatch: pytest.MonkeyPatch):
+    seen: list[bool] = []
+    real = F.linear
+    monkeypatch.setattr(F, "linear", lambda *args: seen.append(torch.backends.mkldnn.enabled) or real(*args))
+    weight = torch.ones(4, 8, dtype=torch.bfloat16)
+
+    with without_onednn():
+        product(torch.ones(2, 8, dtype=torch.bfloat16), weight, None)
+        product(torch.ones(1, 8, dtype=torch.bfloat16), weight, None)
+        assert not torch.backends.mkldnn.enabled
+
+    assert seen == [True, False]
+    assert torch.backends.mkldnn.enabled
+
+
+def test_onednn_is_off_until_the_outer_of_two_is_left():
+    with without_onednn():
+        with without_onednn(), onednn(True):
+            assert torch.backends.mkldnn.enabled
+        with onednn(True):
+            assert torch.backends.mkldnn.enabled
+        assert not torch.backends.mkldnn.enabled
+    assert torch.backends.mkldnn.enabled
+
+
+def test_onednn_stays_off_where_the_program_has_it_off(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    with without_onednn(), without_onednn(), onednn(True):
+        assert not torch.backends.mkldnn.enabled
+    with onednn(True):
+        assert not torch.backends.mkldnn.enabled
+    assert not torch.backends.mkldnn.enabled
+
+
 def test_onednn_is_on_again_after_an_error():
     with pytest.raises(RuntimeError, match="shape"):
         product(torch.ones(1, 7, dtype=torch.bfloat16), torch.ones(4, 8, dtype=torch.bfloat16), None)
@@ -59,7 +93,14 @@ def test_onednn_is_on_again_after_an_error():
 
 def test_onednn_is_on_again_when_many_threads_have_multiplied():
     weight, x = torch.ones(64, 64, dtype=torch.bfloat16), torch.ones(1, 64, dtype=torch.bfloat16)
-    threads = [threading.Thread(target=lambda: [product(x, weight, None) for _ in range(300)]) for _ in range(8)]
+
+    def multiply(rows: int) -> None:
+        for _ in range(100):
+            product(x, weight, None)
+            with without_onednn():
+                product(x.expand(rows, -1), weight, None)
+
+    threads = [threading.Thread(target=multiply, args=(1 + i % 2,)) for i in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ._absent import Absent
 from ._kinds import Survey
 from ._plan import Plan
-from ._products import product
+from ._products import onednn, product
 from ._stores import page_aligned
 from ._units import Unit
 from ._weights import Compute, Progress, Weights, bound
@@ -192,7 +192,7 @@ class BlockWeights(Weights):
         x = x.contiguous()
         outputs = []  # each [..., rows of the slice]
         for unit in units:
-            with self._slice_of(unit) as rows:
+            with self._slice_of(unit) as rows, onednn(True):
                 outputs.append(x @ rows.T)
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         bias = module._parameters["bias"]

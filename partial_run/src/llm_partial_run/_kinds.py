@@ -246,6 +246,14 @@ def _multi_query(config: Any) -> bool:
     return bool(getattr(config, "multi_query", False)) and not getattr(config, "new_decoder_architecture", False)
 
 
+def attending(module: nn.Module, survey: Survey) -> frozenset[str]:
+    """The parts whose own code is little but attention: step by step, beside matrices that all are cut into slices."""
+    implementation = getattr(_text_config(module), "_attn_implementation", None)
+    in_one_piece = {part for part, _ in (*survey.called, *survey.whole)}
+    sliced = {part for part, _ in survey.sliced}
+    return frozenset(sliced - in_one_piece if implementation in (None, "eager") else ())
+
+
 def _eager(config: Any) -> bool:
     """Whether the model computes attention itself, step by step."""
     return getattr(config, "_attn_implementation", None) == "eager"

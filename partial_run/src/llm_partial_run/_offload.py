@@ -18,9 +18,10 @@ from ._block_weights import BlockWeights, refuse_gradients, replaced_forward
 from ._blocks import find_blocks, parts_of, places
 from ._budget import DEFAULT_SHARE, MARGIN, SLACK
 from ._buffers import computed_buffers
-from ._kinds import Survey, cache_nbytes, copied_nbytes, survey_blocks
+from ._kinds import Survey, attending, cache_nbytes, copied_nbytes, survey_blocks
 from ._memory import available, give_freed_memory_back, measured_runtime, parse_bytes
 from ._plan import Plan, decide
+from ._products import without_onednn
 from ._run import Stats
 from ._stores import as_store, read_rate
 from ._tied import Tied
@@ -123,6 +124,7 @@ class Offload:
         used = dict.fromkeys(part for part, _ in named.values())
         store = Tied(as_store(weights, {part: parts[part] for part in used}), module, named)
         survey = survey_blocks(module, found, store, dtype=dtype, context=context, whole_blocks=whole_blocks)
+        self._attending = attending(module, survey)
         computed = computed_buffers(module, buffers)
         self.plan = self._decide(store, survey, memory, rows, context, tokens, cache, device_memory, runtime)
         if self.plan.memory - self.plan.used < self.plan.caches:  # no room for the holes that keys and values leave
@@ -283,17 +285,33 @@ class Offload:
 
     def _block(self, i: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self._claim():
-            self._check(i, [*_tensors(args), *_tensors(kwargs)])
+            self._check(i, tensors := [*_tensors(args), *_tensors(kwargs)])
             if self._progress is not None:
                 self._progress("pass", i, len(self._modules))
             with self._weights.bind_block(self._parts[i]):
                 start, waited = time.perf_counter(), self._weights.waited
-                output = forward(*args, **kwargs)
+                with self._kernels(self._parts[i], tensors):
+                    output = forward(*args, **kwargs)
                 self.stats.seconds_computing += time.perf_counter() - start - (self._weights.waited - waited)
             if self._progress is not None and i + 1 == len(self._modules):
                 self._progress("pass", i + 1, len(self._modules))
             refuse_gradients(self.blocks[i], *_tensors(output), of="output")  # they have begun inside
             return output
+
+    @contextmanager
+    def _kernels(self, part: str, tensors: list[Tensor]) -> Iterator[None]:
+        """Without oneDNN where a block attends by itself for one token of each row, in bf16 on a CPU.
+
+        oneDNN keeps about 0.7 MiB for each shape of a product, for ever, and attention has a new one with each token.
+        ATen's kernels keep nothing; for a single query they take less time than reading the weights.
+        """
+        x = tensors[0] if tensors else torch.empty(0)  # [rows, tokens, width]
+        one_token = x.dim() > 2 and x.shape[-2] == 1 and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+        if not one_token or part not in self._attending:
+            yield
+            return
+        with without_onednn():
+            yield
 
     def _check(self, i: int, tensors: list[Tensor]) -> None:
         if i == 0 and not self._passing:  # somebody calls the blocks by hand

@@ -3,41 +3,85 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-one_pass_at_a_time = threading.RLock()  # in a process: what `product` switches would change another pass's bits
+one_pass_at_a_time = threading.RLock()  # in a process: what is switched here would change another pass's bits
 _switch = threading.Lock()
+_without = False  # whether `without_onednn` has switched it off, and not the program
+
+
+@contextmanager
+def onednn(enabled: bool) -> Iterator[None]:
+    """torch's switch for oneDNN during one product. It has one for the process, and none for a call: other threads wait.
+
+    It is not switched on where the program has it off. Where torch's flags are frozen, it stays as it is.
+    """
+    if torch.backends.flags_frozen():
+        yield
+        return
+    with _switch:
+        before = torch.backends.mkldnn.enabled
+        torch.backends.mkldnn.enabled = enabled and (before or _without)
+        try:
+            yield
+        finally:
+            torch.backends.mkldnn.enabled = before
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """No oneDNN for somebody else's code, one such code at a time, but for products within that switch it on.
+
+    Meanwhile products of other threads go on: a lock held for so long could be waited for by whom this code waits for.
+    """
+    global _without
+    if torch.backends.flags_frozen():
+        yield
+        return
+    with one_pass_at_a_time:
+        with _switch:
+            before, outside = torch.backends.mkldnn.enabled, _without
+            torch.backends.mkldnn.enabled, _without = False, before or outside
+        try:
+            yield
+        finally:
+            with _switch:
+                torch.backends.mkldnn.enabled, _without = before, outside
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias: x [..., K], weight [N, K] -> [..., N].
 
     One row on a CPU is as fast as the weight can be read. In bf16 torch gives it to oneDNN, which reads at half the
-    speed of ATen's own kernel, with the same rounding (sums in fp32). torch has one switch for the process, and none for
-    a call: so oneDNN is off for all threads during this one product. Where the switch is frozen, it stays on.
+    speed of ATen's own kernel, with the same rounding (sums in fp32): so oneDNN is off during this one product. For
+    several rows it is on, also within a block that runs without it.
 
     For several rows oneDNN makes code for each new number of them, and keeps 0.7 MiB of it for good. So rows of zeros are
     added up to one of a few numbers.
     """
     if weight.dtype not in (torch.bfloat16, torch.float16) or weight.device.type != "cpu":
-        return F.linear(x, weight, bias)
+        return _linear(x, weight, bias)
     rows = x.numel() // x.shape[-1]
     if rows > 1:
         flat, more = x.reshape(rows, -1), _few(rows) - rows
-        output = F.linear(F.pad(flat, (0, 0, 0, more)) if more else flat, weight, bias)
+        output = _linear(F.pad(flat, (0, 0, 0, more)) if more else flat, weight, bias)
         return output[:rows].view(*x.shape[:-1], -1)
-    if rows == 0 or weight.dtype != torch.bfloat16 or torch.backends.flags_frozen():
+    if rows == 0 or weight.dtype != torch.bfloat16:
+        return _linear(x, weight, bias)
+    with onednn(False):
+        return F.linear(x.reshape(1, -1), weight, bias).view(*x.shape[:-1], -1)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not _without:
         return F.linear(x, weight, bias)
-    with _switch:
-        before = torch.backends.mkldnn.enabled
-        torch.backends.mkldnn.enabled = False
-        try:
-            return F.linear(x.reshape(1, -1), weight, bias).view(*x.shape[:-1], -1)
-        finally:
-            torch.backends.mkldnn.enabled = before
+    with onednn(True):
+        return F.linear(x, weight, bias)
 
 
 def _few(rows: int) -> int:
