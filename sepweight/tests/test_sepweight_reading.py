@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import errno
+import itertools
+import linecache
 import os
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -180,3 +183,42 @@ def test_closing_waits_for_reads_under_way(large, monkeypatch):
     closer.join(5)
     assert not closer.is_alive()
     assert torch.equal(found["rows"], table[900:910])
+
+
+def test_an_interrupt_at_any_step_of_a_read_hangs_neither_the_next_one_nor_closing(large):
+    path, files = large[0] / "model.safetensors", {_reading.__file__, threading.__file__}
+    memory, done = _reading.pages(4096), []
+
+    def interrupted(at):
+        steps = itertools.count()
+
+        def step(frame, event, _):
+            here = frame.f_code.co_filename in files and event in ("line", "return")
+            leaving = (
+                linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip().startswith("with ")
+            )  # in one step
+            if here and not leaving and next(steps) == at:
+                raise KeyboardInterrupt
+            return step
+
+        file = _reading.WeightFile(str(path), path.stat().st_size, warnings.warn)
+        sys.settrace(step)
+        try:
+            file.read(memory, 0, 4096)
+            return False
+        except KeyboardInterrupt:
+            sys.settrace(None)
+            file.read(memory, 0, 4096)
+            return True
+        finally:
+            sys.settrace(None)
+            file.close()
+
+    def read_again_and_again():
+        done.append(next(at for at in itertools.count() if not interrupted(at)))
+
+    thread = threading.Thread(target=read_again_and_again, daemon=True)  # given up where it hangs
+    thread.start()
+    thread.join(timeout=20)
+    assert done
+    assert done[0] > 20
