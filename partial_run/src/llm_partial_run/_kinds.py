@@ -269,9 +269,8 @@ def _scores(module: nn.Module, context: int, dtype: torch.dtype) -> int:
     def held(config: Any) -> int:
         heads, _, key, value = _heads(config)
         eager = _eager(config) or _multi_query(config) or key != value
-        alibi = bool(
-            getattr(config, "alibi", False)
-        )  # Falcon's goes into the mask, which is then one of each row and head
+        # Falcon's goes into the mask, which is then one of each row and head
+        alibi = bool(getattr(config, "alibi", False))
         return heads * ((4 * dtype.itemsize + 2 * 4) * eager + dtype.itemsize * alibi)
 
     nbytes = max(map(held, _layers(module)), default=0) * context

@@ -36,7 +36,7 @@ class Plan:
     kept: int  # weights that always stay: norms, biases
     resident: int  # slices of matrices that stay
     experts: int  # slots for slices of routed experts: those used most stay in them
-    ring: int  # slots that the streamed slices are read into
+    ring: int  # slots that the streamed slices are read into, and the ends of the pages of those that stay
     caches: int  # keys and values in memory
     spilled: int  # keys and values on disk, read for each pass
     activations: int
@@ -203,17 +203,17 @@ def decide(
         fits = model.experts and _kept(left, ends) <= free - beside
         resident = frozenset(left) if fits else _spread(left, free - least, ends)
     streamed = [unit for unit in left if unit not in resident]
-    host = _kept(resident, ends)
+    host, host_ends = _kept(resident, 0), ends * len(resident)
     ring = ring if streamed else convert if expert_slots else 0
     if expert_slots:
-        expert_slots = min(len(model.experts), (free - host - ring) // expert_slot)
+        expert_slots = min(len(model.experts), (free - host - host_ends - ring) // expert_slot)
     return Plan(
         memory=memory,
         runtime=runtime,
         kept=model.kept_nbytes,
         resident=0 if device_memory else host,
         experts=expert_slots * expert_slot,
-        ring=ring + transient,
+        ring=ring + transient + host_ends,
         caches=caches,
         spilled=cache_nbytes if spill else 0,
         activations=activations,
