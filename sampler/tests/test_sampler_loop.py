@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import math
@@ -290,6 +291,18 @@ def test_a_row_takes_the_same_token_whatever_is_reported_of_it() -> None:
     )
     assert [row.tokens for row in plain] == [row.tokens for row in told]
     assert told[0].text == "x" * 9
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0}, {"mirostat_tau": 2.0}, {"top_p": 0.5, "vocab_size": 5}], ids=str
+)
+def test_without_the_models_own_log_probabilities_all_else_is_the_same(options: dict[str, Any]) -> None:
+    told = generate(Causal(), [[1, 2], [3]], max_new_tokens=9, seed=1, **options)
+    plain = generate(Causal(), [[1, 2], [3]], max_new_tokens=9, seed=1, logprobs=False, **options)
+    assert plain == [dataclasses.replace(row, logprobs=()) for row in told]
+    [step] = sample(Causal(), [[1, 2], [3]], max_new_tokens=1, logprobs=False, **options)
+    assert step.logprobs == ()
+    assert len(step.processed_logprobs) == 2
 
 
 def test_gradients_stay_enabled_between_steps_and_are_off_in_the_forward() -> None:

@@ -92,6 +92,7 @@ def beam_search(
             )
     given: dict[str, Any] = dict.fromkeys(("processors", "decode", "stop_strings", "top_logprobs")) | settings
     given |= {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "seed": 0, "n": 1, "order": order}
+    given["logprobs"] = False  # they are computed here, for all beams at once
     given |= {"input_ids": input_ids, "vocab_size": vocab_size, "pad_id": pad_id, "device": device}
     prompts, sampler = prepared(given)
     if forward.vocab_size is not None:

@@ -28,7 +28,7 @@ class Drawn(NamedTuple):
     """A token for one row, its natural log-probabilities before and after the stages, and the most likely tokens."""
 
     token: int
-    logprob: float
+    logprob: float | None
     processed_logprob: float
     top: Top = ()
     processed_top: Top = ()
@@ -39,13 +39,14 @@ class Processed:
     """The distributions of some rows at one position. scores: after the stages; what is not in them has no mass.
 
     logits [B, V]: as they came; `logits - highest - norm` are the natural log-probabilities before the stages. highest,
-    norm [B, 1]: float32. The scores are valid until the sampler processes others: their memory is used again.
+    norm [B, 1]: float32, the latter None where nobody asks for these. The scores are valid until the sampler processes
+    others: their memory is used again.
     """
 
     rows: Sequence[Row]
     logits: Tensor
     highest: Tensor
-    norm: Tensor
+    norm: Tensor | None
     scores: Scores
 
 
@@ -53,7 +54,8 @@ class Sampler:
     """The stages of all rows, and the rows' ids as a tensor.
 
     settings: one value per row for each setting of a stage. order: names of the stages. vocab_size: ids from here on
-    have no mass. top_logprobs: how many of the most likely tokens each row reports.
+    have no mass. logprobs: whether to say what the tokens have before the stages. top_logprobs: how many of the most
+    likely tokens each row reports.
     """
 
     def __init__(
@@ -63,12 +65,14 @@ class Sampler:
         order: Sequence[str],
         *,
         vocab_size: int | None = None,
+        logprobs: bool = True,
         top_logprobs: Sequence[int] | None = None,
     ):
         self.table = table
         self.settings = settings
         self._order = order
         self.vocab_size = vocab_size
+        self._logprobs = logprobs
         self._top = top_logprobs
         self._wide = any(settings["processors"])  # foreign processors are made for all columns of the head
         self._chains: dict[tuple[int, ...], list[Apply]] = {}
@@ -97,8 +101,10 @@ class Sampler:
         highest = (known if peaks is None else peaks).amax(-1, keepdim=True)
         if known.shape != values.shape:
             highest = torch.maximum(highest, values[:, self.vocab_size :].amax(-1, keepdim=True))
-        # two to the power of it: torch has that vectorised, four times as fast as e to the power of it
-        norm = torch.sub(values, highest, out=work).mul_(_LOG2_E).exp2_().sum(-1, keepdim=True).log_()
+        norm = None
+        if self._logprobs:
+            # two to the power of it: torch has that vectorised, four times as fast as e to the power of it
+            norm = torch.sub(values, highest, out=work).mul_(_LOG2_E).exp2_().sum(-1, keepdim=True).log_()
         if self.vocab_size is not None and self._wide:
             values = values if owned else values.clone()
             values[:, self.vocab_size :] = -torch.inf
@@ -115,23 +121,25 @@ class Sampler:
 
     def drawn(self, processed: Processed, tokens: Tensor, logprobs: Tensor) -> list[Drawn]:
         """What is said of tokens [B] that have these log-probabilities [B] (float64) after the stages."""
-        rows, scores, logits = processed.rows, processed.scores, processed.logits
-        tokens = tokens.clamp(max=logits.shape[-1] - 1)  # where nothing was left, which is told below
-        raw = logits.gather(-1, tokens.unsqueeze(-1)).float() - processed.highest - processed.norm
-        columns = (tokens, raw.squeeze(-1), logprobs)
+        rows, scores, logits, norm = processed.rows, processed.scores, processed.logits, processed.norm
+        columns = [tokens, processed.highest.squeeze(-1), logprobs]
+        if norm is not None:
+            place = tokens.clamp(max=logits.shape[-1] - 1).unsqueeze(-1)  # where nothing was left, which is told below
+            columns.append((logits.gather(-1, place).float() - processed.highest - norm).squeeze(-1))
         if tokens.device.type == "cpu":
-            chosen, befores, afters = (column.tolist() for column in columns)
+            chosen, peaks, afters, *raw = (column.tolist() for column in columns)
         else:
-            chosen, befores, afters = torch.stack(columns).tolist()  # float64; the one transfer from the device
-        if math.isnan(sum(befores) + sum(afters)):  # in one go: as a rule none is
-            index = next(i for i, both in enumerate(zip(befores, afters, strict=True)) if math.isnan(sum(both)))
+            chosen, peaks, afters, *raw = torch.stack(columns).tolist()  # float64; the one transfer from the device
+        if not math.isfinite(sum(peaks) + sum(afters)):  # in one go: as a rule all are
+            index = next(i for i, both in enumerate(zip(peaks, afters, strict=True)) if not math.isfinite(sum(both)))
             raise _error(rows[index], float(logits[index].max()), float(scores.values[index].max()))
+        befores = raw[0] if raw else [None] * len(rows)
         if self._top is None:
             return [
                 Drawn(int(token), *both) for token, both in zip(chosen, zip(befores, afters, strict=True), strict=True)
             ]
         counts = [self._top[row.index] for row in rows]
-        before = logits.float() - processed.highest - processed.norm
+        before = logits.float() - processed.highest - norm
         raw_tops = _most_likely(Scores(before, None, logits.shape[-1]), counts)
         after = scores.with_values(log_probabilities(scores.values).float())
         columns = (befores, afters, raw_tops, _most_likely(after, counts))
@@ -151,7 +159,7 @@ class Sampler:
         return Step(
             tuple([row.index for row in rows]),
             tokens,
-            logprobs,
+            logprobs if self._logprobs else (),
             processed_logprobs,
             finished,
             texts if rows[0].text is not None else None,
@@ -163,7 +171,9 @@ class Sampler:
         """A sampler for other rows, counted from 0: each has the settings of one in `of`, but no foreign processors."""
         settings = {name: [values[index] for index in of] for name, values in self.settings.items()}
         table = Table(rows, self.table.pad_id, self.table.device)
-        return Sampler(table, settings | {"processors": [()] * len(rows)}, self._order, vocab_size=self.vocab_size)
+        return Sampler(
+            table, settings | {"processors": [()] * len(rows)}, self._order, vocab_size=self.vocab_size, logprobs=False
+        )
 
     def _memory_for(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Two tensors like `values`, the same each time: fresh pages cost more than the work. The second is for scores."""

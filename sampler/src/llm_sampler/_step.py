@@ -15,8 +15,8 @@ class Step:
     """One token for each of `rows`; all fields run parallel to it.
 
     rows: indices into input_ids. logprobs: natural log-probabilities of the tokens under the model itself, which no
-    parameter changes; processed_logprobs: under the distribution that was drawn from. finished: None, or why the row
-    has: "stop" (the token is a stop id), "stop_string", "complete" (a constraint has nothing to add), "length" (it is
+    parameter changes, () with logprobs=False; processed_logprobs: under the distribution that was drawn from. finished:
+    None, or why the row has: "stop" (the token is a stop id), "stop_string", "complete" (a constraint has nothing to add), "length" (it is
     the last that max_new_tokens allows). texts: what of the row's text is now certain, where sample was given decode.
     top_logprobs, top_processed_logprobs: the most likely tokens as (id, log-probability), where they were asked for.
     """
@@ -59,7 +59,7 @@ def collected(steps: Iterable[Step]) -> list[Completion]:
         none = (None,) * len(step.rows)
         columns = (
             step.tokens,
-            step.logprobs,
+            step.logprobs or none,
             step.processed_logprobs,
             step.finished,
             step.texts or none,
@@ -74,7 +74,7 @@ def collected(steps: Iterable[Step]) -> list[Completion]:
         completions.append(
             Completion(
                 tokens,
-                logprobs,
+                () if logprobs[0] is None else logprobs,
                 processed,
                 finished[-1],
                 None if texts[0] is None else "".join(texts),
