@@ -14,6 +14,7 @@ from typing import Any
 
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # as llm_sampler names them, as transformers does
     "greedy": ({"temperature": 0}, {"do_sample": False}),
+    "greedy, tokens only": ({"temperature": 0, "logprobs": False}, {"do_sample": False}),
     "temperature 0.8": ({"temperature": 0.8}, {"do_sample": True, "temperature": 0.8, "top_k": 0}),
     "top-k 50": ({"top_k": 50}, {"do_sample": True, "top_k": 50}),
     "top-p 0.9": ({"top_p": 0.9}, {"do_sample": True, "top_p": 0.9, "top_k": 0}),
@@ -21,6 +22,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # as llm_sampler
     "eta 3e-4": ({"eta_cutoff": 3e-4}, {"do_sample": True, "eta_cutoff": 3e-4, "top_k": 0}),
     "top-k 50, top-p 0.9, repetition 1.1": (
         {"top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1},
+        {"do_sample": True, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1},
+    ),
+    "the same, tokens only": (
+        {"top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1, "logprobs": False},
         {"do_sample": True, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1},
     ),
 }
