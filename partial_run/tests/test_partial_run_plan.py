@@ -98,13 +98,16 @@ def test_the_computing_dtype_is_that_of_most_bytes_in_every_range(toy):
     assert plan(parts, weights.__getitem__, memory="1GiB", **toy.BUDGET).dtype == torch.float32
 
 
-def test_caches_count_and_go_to_disk_only_where_they_do_not_fit():
+def test_caches_count_and_go_to_disk_where_they_do_not_fit_or_are_sent():
     kwargs: dict[str, Any] = dict(memory=2000 * MIB, runtime=300 * MIB, rows=8, cache_part_nbytes=100 * MIB)
     beside = decide(MODEL, cache_nbytes=500 * MIB, **kwargs)
     assert (beside.caches, beside.spilled) == (500 * MIB, 0)
     spilled = decide(MODEL, cache_nbytes=2000 * MIB, **kwargs)
     assert (spilled.caches, spilled.spilled) == (100 * MIB, 2000 * MIB)
     assert spilled.used <= 2000 * MIB
+    chosen = decide(MODEL, cache_nbytes=500 * MIB, spill=True, **kwargs)
+    assert (chosen.caches, chosen.spilled) == (100 * MIB, 500 * MIB)
+    assert chosen.streamed < beside.streamed
 
 
 def test_passes_of_more_tokens_than_a_micro_batch_hold_a_layer_in_the_ring():

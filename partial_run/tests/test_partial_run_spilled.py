@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from typing import Any
 
 import pytest
 import torch
 
-from llm_partial_run import PartialRun, SpilledCaches, plan
+from llm_partial_run import PartialRun, SpilledCaches, _caches, plan
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3], [5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6]]
 
@@ -24,6 +25,35 @@ def test_caches_that_do_not_fit_go_to_disk_with_the_same_bits(toy, tmp_path):
         assert torch.equal(toy.last(run, PROMPTS), expected[0])
         assert torch.equal(toy.last(run, grown), expected[1])
         assert torch.equal(toy.last(run, [grown[0] + [1], grown[0] + [2]]), expected[2])
+
+
+def test_caches_that_would_fit_go_to_disk_where_that_reads_less(toy, tmp_path, monkeypatch):
+    budget: dict[str, Any] = toy.BUDGET | dict(context=30)
+    least = next(
+        memory
+        for memory in itertools.count(toy.smallest(**budget), 10_000)
+        if not plan(toy.parts(), toy.store, memory=memory, **budget).spilled
+    )
+    outputs, read = [], []
+    for spill in (None, tmp_path):
+        with toy.run(least, spill=spill, **budget) as run:
+            assert (run.plan.spilled > 0) == (spill is not None)
+            outputs += [toy.last(run, PROMPTS), toy.last(run, [[*prompt, 7] for prompt in PROMPTS])]
+            read.append(run.plan.read_per_pass)
+    assert torch.equal(outputs[0], outputs[2])
+    assert torch.equal(outputs[1], outputs[3])
+    assert read[1] < 0.95 * read[0]
+
+    def spilled(**changes: Any) -> bool:
+        return plan(toy.parts(), toy.store, **dict(memory=least) | budget | changes).spilled > 0
+
+    assert not spilled(spill="/dev/shm")
+    toy.store.path = tmp_path  # weights on that disk
+    monkeypatch.setattr(_caches, "SPILL", tmp_path)
+    assert spilled()
+    assert not spilled(memory="1GiB")  # nothing is streamed
+    toy.store.path = "/dev/shm"
+    assert not spilled()
 
 
 def test_a_row_that_idles_between_others_keeps_its_caches_on_disk(toy, tmp_path):
@@ -116,4 +146,4 @@ def test_a_directory_that_cannot_have_the_caches_is_refused_before_anything_is_l
     measured = toy.store.reads  # of the disk's speed
     with pytest.raises((ValueError, OSError), match=message):
         toy.run(least, spill=spill)
-    assert toy.store.reads == 2 * measured
+    assert toy.store.reads <= 2 * measured

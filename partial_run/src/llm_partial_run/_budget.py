@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._caches import may_hold
 from ._memory import available, measured_runtime, parse_bytes
 from ._plan import Plan, decide
 from ._stores import as_store, read_rate
@@ -18,6 +20,7 @@ from ._units import in_order, survey
 DEFAULT_SHARE = 0.9  # of what is free, where no `memory` is given
 INDEX = 400  # bytes for each token whose prefix is known
 MARGIN = 32 << 20  # what no formula counts: heap, the ends of slices in their pages, the kernels' scratch memory
+WORTH = 0.95  # of the bytes that are read with the caches in memory: where fewer are with them on disk, they go there
 SLACK = 8 << 20  # between the runtimes of two processes that do the same
 
 
@@ -34,8 +37,13 @@ def plan(
     device: str | torch.device = "cpu",
     device_memory: int | str | None = None,
     runtime: int | str | None = None,
+    spill: str | os.PathLike[str] | None = None,
 ) -> Plan:
     """What `PartialRun` with the same arguments would do; reads no more than to measure the disk for a moment.
+
+    Keys and values are on disk where they do not fit in memory, and where that reads less: the memory that they would fill
+    holds weights then, and of what is on disk only the slots in use are read. By choice that is done in `spill=` alone,
+    or beside the weights on the same disk.
 
     :raises BudgetError: where `memory` is too small; its `smallest` is the number of bytes that works.
     """
@@ -57,8 +65,7 @@ def plan(
         for module in parts.values()
         if hasattr(module, "new_cache")
     ]
-    decided = decide(
-        model,
+    sizes: dict[str, Any] = dict(
         memory=allowed,
         runtime=counted,
         slack=SLACK if runtime is None else 0,
@@ -72,6 +79,12 @@ def plan(
         transient=getattr(store, "transient_nbytes", 0),
         device_memory=0 if device_memory is None else parse_bytes(device_memory, "device_memory"),
     )
+    decided = decide(model, **sizes)
+    alike = len(set(per_layer)) == 1  # as caches on disk have to be
+    if decided.streamed and alike and may_hold(spill, decided.caches, beside=getattr(store, "path", None)):
+        on_disk = decide(model, **sizes, spill=True)
+        if on_disk.read_per_pass < WORTH * decided.read_per_pass:
+            decided = on_disk
     streamed = [
         unit for unit in model.units + model.experts if unit not in decided.resident_units | decided.device_units
     ]

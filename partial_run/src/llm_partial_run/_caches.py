@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 Caches = Mapping[str, tuple[Tensor, ...]]
 PAGE = mmap.PAGESIZE
+SPILL = "/var/tmp"  # on a disk, where /tmp is often memory
 
 
 class SpilledCaches:
@@ -147,6 +149,23 @@ def check_caches(caches: Caches | SpilledCaches, like: Caches, rows: int, slots:
                     f"{part}: caches of {tensor.shape[0]} rows and {tensor.shape[1]} slots are too few for {rows} rows and "
                     f"slot {high}, the last that is used: make them with new_caches(rows={rows}, slots={high + 1}) or more"
                 )
+
+
+def directory_for(spill: Any) -> Any:
+    """Where caches go that are on disk. Raises ValueError where `spill` is given, and no directory."""
+    if spill is not None and not os.path.isdir(spill):
+        raise ValueError(f"spill={str(spill)!r} is no directory: make it, or name one that is there, on a disk")
+    return spill or (SPILL if os.path.isdir(SPILL) else tempfile.gettempdir())
+
+
+def may_hold(spill: Any, nbytes: int, *, beside: Any) -> bool:
+    """Whether caches that would fit in memory may go to disk: to `spill`, or without to the disk that has `beside`."""
+    directory = directory_for(spill)
+    if not (hasattr(os, "preadv") and hasattr(os, "posix_fallocate")) or _in_memory(directory):
+        return False
+    if spill is None and (beside is None or os.stat(beside).st_dev != os.stat(directory).st_dev):
+        return False
+    return os.access(directory, os.W_OK) and shutil.disk_usage(directory).free > 2 * nbytes
 
 
 def check_directory(directory: Any, nbytes: int) -> None:

@@ -67,6 +67,11 @@ class Plan:
         return self.runtime + weights + self.caches + self.activations
 
     @property
+    def read_per_pass(self) -> int:
+        """Bytes read from disk in a pass, with caches on disk half full, as they are on average while rows grow."""
+        return self.streamed + self.spilled // 2
+
+    @property
     def seconds_per_pass(self) -> float | None:
         """What reading costs: the least time of a pass, at the measured rate."""
         return (self.streamed / self.read_rate) if self.read_rate else None
@@ -118,6 +123,7 @@ def decide(
     micro_batch: int | None = None,
     cache_nbytes: int = 0,
     cache_part_nbytes: int = 0,
+    spill: bool = False,
     transient: int = 0,
     device_memory: int = 0,
     slack: int = 0,
@@ -138,7 +144,7 @@ def decide(
     :param micro_batch: tokens that go through a layer at once; with routed experts `tokens`, as another micro-batch would
         read the experts again.
     :param cache_nbytes: keys and values of all layers, rows and slots; `cache_part_nbytes`: of the largest layer.
-        They go to disk where they do not fit beside the rest.
+        They go to disk where they do not fit beside the rest; with `spill` wherever they would be.
     :param transient: bytes that loading a part takes for a while.
     :raises BudgetError: where `memory` is too small; it names the smallest that works.
     """
@@ -189,7 +195,7 @@ def decide(
             f"{rows} rows of {context} tokens, {format_bytes(activations)} activations)",
             smallest,
         )
-    spill = memory < floor + cache_nbytes
+    spill = cache_nbytes > 0 and (spill or memory < floor + cache_nbytes)
     caches = cache_part_nbytes if spill else cache_nbytes
     free = memory - (floor - min(least, everything)) - caches
     if _kept(left, ends) <= free:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,15 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ._budget import plan
-from ._caches import Caches, SpilledCaches, check_caches, check_directory
+from ._caches import Caches, SpilledCaches, check_caches, check_directory, directory_for
 from ._checks import check_hidden_states, check_ids, check_length, check_logits, check_shapes
 from ._forward import Forward
 from ._products import one_pass_at_a_time
 from ._stores import as_store
 from ._units import in_order, survey
 from ._weights import Progress, Weights, bound
-
-SPILL = "/var/tmp"  # on a disk, where /tmp is often memory
 
 
 @dataclass
@@ -55,7 +52,8 @@ class PartialRun:
     :param dtype: to compute in. Default: the one that most bytes are stored in.
     :param device: where to compute. With "cuda" weights stay in `device_memory` first, then in pinned host memory.
     :param runtime: bytes to count for Python and torch. Default: measured; 0 lets `memory` count the model alone.
-    :param spill: directory, on a disk, for the caches that do not fit in memory. Default: /var/tmp.
+    :param spill: directory, on a disk, for caches that do not fit in memory, or that would take it from weights of which
+        more is read (see `plan`). Default: /var/tmp.
     :param progress: called with ("loading", bytes, of bytes) and, in each pass, with ("pass", parts, of parts).
     :raises BudgetError: before anything is loaded, where `memory` is too small.
 
@@ -83,15 +81,13 @@ class PartialRun:
         self.device = torch.device(device)
         self.stats = Stats()
         self._store = as_store(weights, parts)
+        self._spill = directory_for(spill)
         self.plan = plan(
             parts, self._store, memory=memory, rows=rows, context=context, tokens=tokens, micro_batch=micro_batch,
-            dtype=dtype, device=device, device_memory=device_memory, runtime=runtime,
+            dtype=dtype, device=device, device_memory=device_memory, runtime=runtime, spill=spill,
         )  # fmt: skip
         self._model = survey(parts, self._store, dtype)
         self._progress = progress
-        if spill is not None and not os.path.isdir(spill):
-            raise ValueError(f"spill={str(spill)!r} is no directory: make it, or name one that is there, on a disk")
-        self._spill = spill or (SPILL if os.path.isdir(SPILL) else tempfile.gettempdir())
         if self.plan.spilled:
             check_directory(self._spill, self.plan.spilled)
         self._cache_like: Caches = {
