@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llm_partial_run._products import onednn, product, without_onednn
+from llm_partial_run._products import SHAPE, kernels_nbytes, onednn, product, without_onednn
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("shape", [(1, 1, 96), (96,), (1, 3, 96)])
+@pytest.mark.parametrize("shape", [(1, 1, 96), (96,), (1, 3, 96), (2, 150, 96)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_a_product_is_as_exact_as_torchs(dtype: torch.dtype, shape: tuple[int, ...], with_bias: bool):
     torch.manual_seed(0)
@@ -47,8 +47,11 @@ def test_several_rows_in_bf16_come_in_few_numbers(monkeypatch: pytest.MonkeyPatc
     weight = torch.ones(4, 8, dtype=torch.bfloat16)
     for rows in range(1, 1200):
         assert product(torch.ones(rows, 8, dtype=torch.bfloat16), weight, None).shape == (rows, 4)
-        assert rows <= max(seen) <= max(2 * rows, rows + 64, rows * 9 / 8)
-    assert len(seen) == 24
+        assert min(rows, 256) <= max(seen) <= min(max(2 * rows, rows + 64), 256)
+    assert seen == {1, 2, 4, 8, 16, 32, 64, 128, 192, 256}
+    assert kernels_nbytes(3, 1200, torch.bfloat16) == 3 * 9 * SHAPE  # all but the one row, which goes without oneDNN
+    assert kernels_nbytes(3, 20, torch.bfloat16) == 3 * 5 * SHAPE
+    assert kernels_nbytes(3, 20, torch.float32) == 0
 
 
 def test_several_rows_go_to_onednn_where_the_code_around_them_does_not(monkeypatch: pytest.MonkeyPatch):

@@ -13,13 +13,15 @@ from torch import nn
 
 from ._caches import may_hold
 from ._memory import available, measured_runtime, parse_bytes
-from ._plan import Plan, decide
+from ._plan import MICRO_BATCH, Plan, decide
+from ._products import kernels_nbytes
 from ._stores import as_store, read_rate
-from ._units import in_order, survey
+from ._units import Model, in_order, survey
 
 DEFAULT_SHARE = 0.9  # of what is free, where no `memory` is given
 INDEX = 400  # bytes for each token whose prefix is known
-MARGIN = 32 << 20  # what no formula counts: heap, the ends of slices in their pages, the kernels' scratch memory
+OBJECTS = 320  # bytes for each slice: what Python has to say of it
+MARGIN = 16 << 20  # what no formula counts: holes in the heap, the kernels' scratch memory
 WORTH = 0.95  # of the bytes that are read with the caches in memory: where fewer are with them on disk, they go there
 SLACK = 8 << 20  # between the runtimes of two processes that do the same
 
@@ -58,6 +60,7 @@ def plan(
     allowed = int(available() * DEFAULT_SHARE) if memory is None else parse_bytes(memory, "memory")
     if runtime is None:
         counted = measured_runtime(allowed, model.dtype) + MARGIN + rows * context * INDEX
+        counted += beside_weights(model, max(rows, min(tokens or micro_batch or MICRO_BATCH, rows * context)), device)
     else:
         counted = parse_bytes(runtime, "runtime")
     per_layer = [
@@ -89,3 +92,10 @@ def plan(
         unit for unit in model.units + model.experts if unit not in decided.resident_units | decided.device_units
     ]
     return replace(decided, read_rate=read_rate(store, streamed)) if streamed else decided
+
+
+def beside_weights(model: Model, rows: int, device: torch.device) -> int:
+    """Bytes that a model's slices take beside themselves: as objects, and by products of up to so many rows with them."""
+    units = model.units + model.experts
+    shapes = {(unit.stop - unit.start, unit.kept_nbytes) for unit in units} if device.type == "cpu" else ()
+    return OBJECTS * len(units) + kernels_nbytes(len(shapes), rows, model.dtype)

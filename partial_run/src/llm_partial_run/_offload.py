@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ._absent import Absent
 from ._block_weights import BlockWeights, refuse_gradients, replaced_forward
 from ._blocks import find_blocks, parts_of, places
-from ._budget import DEFAULT_SHARE, MARGIN, SLACK
+from ._budget import DEFAULT_SHARE, MARGIN, SLACK, beside_weights
 from ._buffers import computed_buffers
 from ._kinds import Survey, attending, cache_nbytes, copied_nbytes, survey_blocks
 from ._memory import available, give_freed_memory_back, measured_runtime, parse_bytes
@@ -29,8 +29,8 @@ from ._weights import Progress, bound
 
 # What a module's own code imports and allocates when it is called for the first time. Measured as the growth of the
 # resident set with models too small to count, 12 architectures of transformers 5.23: 6 to 9 MiB in a first call, 7 to 10
-# in `generate`, 12 to 17 with beams.
-FOREIGN = 20 << 20
+# in `generate`, 12 to 17 with beams. As much again is for the holes that its growing keys and values leave in the heap.
+FOREIGN = 36 << 20
 
 # What `generate` holds of each row and entry of the vocabulary, beside the logits that a pass gives and the plan counts:
 # fp32 copies, a sort with its int64 indices, probabilities. 7 numbers of 4 bytes were seen at most with top_k and top_p;
@@ -185,7 +185,7 @@ class Offload:
             device_memory = int(torch.cuda.mem_get_info(self._device)[0] * DEFAULT_SHARE)
         allowed = int(available() * DEFAULT_SHARE) if memory is None else parse_bytes(memory, "memory")
         counted = (
-            measured_runtime(allowed, model.dtype) + MARGIN + FOREIGN
+            measured_runtime(allowed, model.dtype) + MARGIN + FOREIGN + beside_weights(model, tokens, self._device)
             if runtime is None
             else parse_bytes(runtime, "runtime")
         )

@@ -10,7 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+AT_ONCE = 256  # rows of one product: more at once are hardly faster, and their number would be one more for oneDNN
+SHAPE = 768 << 10  # bytes of code that oneDNN keeps for good for each number of rows and shape of a weight
+
 one_pass_at_a_time = threading.RLock()  # in a process: what is switched here would change another pass's bits
+_CODED = (torch.bfloat16, torch.float16)  # what oneDNN computes with code made for the shape
 _switch = threading.Lock()
 _without = False  # whether `without_onednn` has switched it off, and not the program
 
@@ -61,20 +65,30 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     speed of ATen's own kernel, with the same rounding (sums in fp32): so oneDNN is off during this one product. For
     several rows it is on, also within a block that runs without it.
 
-    For several rows oneDNN makes code for each new number of them, and keeps 0.7 MiB of it for good. So rows of zeros are
-    added up to one of a few numbers.
+    For several rows oneDNN makes code for each new number of them, and keeps it for good. So they go in blocks, the last
+    of them filled up with rows of zeros to one of a few numbers.
     """
-    if weight.dtype not in (torch.bfloat16, torch.float16) or weight.device.type != "cpu":
+    if weight.dtype not in _CODED or weight.device.type != "cpu":
         return _linear(x, weight, bias)
     rows = x.numel() // x.shape[-1]
     if rows > 1:
-        flat, more = x.reshape(rows, -1), _few(rows) - rows
-        output = _linear(F.pad(flat, (0, 0, 0, more)) if more else flat, weight, bias)
-        return output[:rows].view(*x.shape[:-1], -1)
+        blocks = [_padded(block, weight, bias) for block in x.reshape(rows, -1).split(AT_ONCE)]
+        return (torch.cat(blocks) if len(blocks) > 1 else blocks[0]).view(*x.shape[:-1], -1)
     if rows == 0 or weight.dtype != torch.bfloat16:
         return _linear(x, weight, bias)
     with onednn(False):
         return F.linear(x.reshape(1, -1), weight, bias).view(*x.shape[:-1], -1)
+
+
+def kernels_nbytes(shapes: int, rows: int, dtype: torch.dtype) -> int:
+    """Bytes that oneDNN keeps for products of up to so many rows with weights of so many shapes."""
+    numbers = {_few(n) for n in range(2, min(rows, AT_ONCE) + 1)} if dtype in _CODED else ()
+    return len(numbers) * shapes * SHAPE
+
+
+def _padded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    more = _few(len(x)) - len(x)
+    return _linear(F.pad(x, (0, 0, 0, more)) if more else x, weight, bias)[: len(x)]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -85,6 +99,5 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _few(rows: int) -> int:
-    """The next of 2, 4, ... 64, 128, 192, ... 512, 576, ... 1024, 1152, ...: an eighth more than needed at most, of many."""
-    power = 1 << (rows - 1).bit_length()
-    return power if power <= 64 else -(-rows // (step := max(64, power // 16))) * step
+    """The next of 2, 4, ... 64, 128, 192, 256."""
+    return 1 << (rows - 1).bit_length() if rows <= 64 else -(-rows // 64) * 64
