@@ -56,6 +56,7 @@ def test_a_decode_reads_no_expert_that_nobody_is_sent_to(routed_toy):
         decode(run, 1)
         before = run.stats.bytes_read
         run.forward.last_logits(torch.tensor([[*PROMPTS[0], 8]]), torch.tensor([8]))
+        assert run.plan.wanted == 2 / 8 * sum(unit.nbytes for unit in run._model.experts)
         expert = sum(
             t.nbytes
             for n, t in routed_toy.weights["mid.00000"].items()

@@ -152,3 +152,8 @@ def test_the_table_names_every_use_of_the_memory():
     for line in ("memory", "runtime", "weights resident", "buffers", "caches", "activations", "read per pass"):
         assert line in text
     assert "s at the 1.00 GB/s measured" in text
+    text = str(
+        decide(replace(MODEL, units=(), experts=UNITS, wanted_nbytes=48 * MIB), memory=2000 * MIB, runtime=300 * MIB)
+    )
+    assert "ends of pages" in text  # there are no slots but those of experts
+    assert "and up to 48.0 MiB of experts for each token" in text

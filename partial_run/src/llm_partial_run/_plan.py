@@ -36,6 +36,7 @@ class Plan:
     kept: int  # weights that always stay: norms, biases
     resident: int  # slices of matrices that stay
     experts: int  # slots for slices of routed experts: those used most stay in them
+    wanted: int  # bytes of routed experts that one token is sent to: at most so many are read for it
     ring: int  # slots that the streamed slices are read into, and the ends of the pages of those that stay
     caches: int  # keys and values in memory
     spilled: int  # keys and values on disk, read for each pass
@@ -96,7 +97,7 @@ class Plan:
             ),
             ("runtime", self.runtime, "Python, torch, its kernels and a margin"),
             ("weights resident", self.kept + self.resident, f"of {format_bytes(self.stored)}, computing in {dtype}"),
-            ("buffers", self.ring, f"{self.slots} slots of {format_bytes(self.slot_nbytes)} to read into"),
+            ("buffers", self.ring, _slots(self)),
             ("caches", self.caches, f"keys and values, {self.rows} rows of {self.context} tokens"),
             ("activations", self.activations, f"{self.tokens} tokens a pass, {self.micro_batch} at once"),
         ]
@@ -219,6 +220,7 @@ def decide(
         kept=model.kept_nbytes,
         resident=0 if device_memory else host,
         experts=expert_slots * expert_slot,
+        wanted=model.wanted_nbytes if expert_slots else 0,
         ring=ring + transient + host_ends,
         caches=caches,
         spilled=cache_nbytes if spill else 0,
@@ -286,8 +288,14 @@ def _activations(model: Model, rows: int, context: int, tokens: int, micro_batch
     return micro_batch * per_token + carried + logits
 
 
+def _slots(plan: Plan) -> str:
+    return f"{plan.slots} slots of {format_bytes(plan.slot_nbytes)} to read into" if plan.slots else "ends of pages"
+
+
 def _pace(plan: Plan) -> str:
-    if not plan.streamed:
-        return "and the experts that are wanted and absent" if plan.experts else "everything is resident"
+    if not plan.streamed and not plan.wanted:
+        return "everything is resident"
     seconds = plan.seconds_per_pass
-    return f"{seconds:.2f} s at the {plan.read_rate / 1e9:.2f} GB/s measured" if seconds and plan.read_rate else ""
+    pace = f"{seconds:.2f} s at the {plan.read_rate / 1e9:.2f} GB/s measured" if seconds and plan.read_rate else ""
+    experts = f"and up to {format_bytes(plan.wanted)} of experts for each token" if plan.wanted else ""
+    return f"{pace}, {experts}" if pace and experts else pace or experts

@@ -15,7 +15,7 @@ COMPUTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # fp8 
 SLICE = 4 << 20  # bytes: one read. Larger ones are no faster, and fewer of them fit in a ring of the same size
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class Unit:
     """Rows `start:stop` of a Linear's weight, at most `SLICE` bytes of them where a row is not more.
 
@@ -48,6 +48,7 @@ class Model:
     vocab_size: int  # logits per position; 0 without an end
     hidden_size: int
     widths: int  # most elements per token that the Linears of one layer give
+    wanted_nbytes: int = 0  # of routed experts, those that one token is sent to
 
 
 def in_order(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -78,6 +79,7 @@ def survey(parts: Mapping[str, nn.Module], weights: Any, dtype: torch.dtype | No
     experts: list[Unit] = []
     kept: list[tuple[str, str]] = []
     kept_nbytes = gathered_nbytes = stored_nbytes = vocab_size = hidden_size = widths = 0
+    wanted_nbytes = 0
     converted = False
     for part, module in parts.items():
         linears = {weight_of(name) for name in linears_of(module)}
@@ -94,6 +96,9 @@ def survey(parts: Mapping[str, nn.Module], weights: Any, dtype: torch.dtype | No
                 hidden_size = info.shape[1]
             elif name in linears:
                 into = units if place == (part, name) else experts
+                if into is experts:
+                    routed: Any = module.get_submodule(module.routed)  # pyright: ignore
+                    wanted_nbytes += info.nbytes * routed.num_experts_per_tok // len(routed)
                 into += _slices(*place, info.shape[0], info.nbytes, nbytes)
                 hidden_size = hidden_size or info.shape[1]
                 vocab_size = info.shape[0] if part == "end" else vocab_size
@@ -102,7 +107,7 @@ def survey(parts: Mapping[str, nn.Module], weights: Any, dtype: torch.dtype | No
                 kept_nbytes += nbytes
     return Model(
         tuple(units), tuple(experts), tuple(kept), kept_nbytes, gathered_nbytes, stored_nbytes, dtype, converted,
-        vocab_size, hidden_size, widths,
+        vocab_size, hidden_size, widths, wanted_nbytes,
     )  # fmt: skip
 
 
