@@ -270,6 +270,27 @@ def test_what_is_not_there_is_named(checkpoint, layout):
             weights.rows("begin", "bias", [0])
 
 
+def test_a_missing_part_is_named_beside_a_few_of_thousands(tmp_path):
+    def layout(key, config):
+        layer, _, expert = key.partition(".")
+        return [(f"mid.{int(layer):05d}" + (f"/experts.{int(expert):05d}" if expert else ""), "x")]
+
+    keys = [f"{layer}{expert}" for layer in range(48) for expert in ("", *(f".{n}" for n in range(128)))]
+    keys.remove("1.3")
+    save_file({key: torch.zeros(1) for key in keys}, tmp_path / "model.safetensors")
+    shown = {
+        "mid.00001/experts.00003": "mid.00001/experts.00000, mid.00001/experts.00001, 123 others, "
+        "mid.00001/experts.00126, mid.00001/experts.00127",
+        "mid.00048": "mid.00000, mid.00001, 44 others, mid.00046, mid.00047",
+        "mid.00048/experts.00000": "mid.00000, mid.00001, 44 others, mid.00046, mid.00047",
+    }
+    with llm_sepweight.open(tmp_path, layout) as weights:
+        for part, beside in shown.items():
+            with pytest.raises(WeightError) as caught:
+                weights.tensors(part)
+            assert str(caught.value) == f"there is no part {part!r}; there are {beside} (file {tmp_path})"
+
+
 def test_a_checkpoint_without_layout_is_refused_with_the_remedy(checkpoint: Path):
     with pytest.raises(WeightError, match="Pass layout="):
         llm_sepweight.open(checkpoint)

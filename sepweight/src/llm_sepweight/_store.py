@@ -180,8 +180,16 @@ class WeightStore:
 
     def _part(self, part: str) -> dict[str, Entry]:
         if part not in self._entries:
-            raise WeightError(f"there is no part {part!r}; there are {', '.join(self.parts)}", file=self.path)
+            raise WeightError(f"there is no part {part!r}; there are {self._beside(part)}", file=self.path)
         return self._entries[part]
+
+    def _beside(self, part: str) -> str:
+        """Where a part is looked for and is not: the others of its layer, or the layers. A few of them, if many."""
+        layer = part.rpartition("/")[0]
+        names = [name for name in self.parts if name.rpartition("/")[0] == layer]
+        names = names or [name for name in self.parts if "/" not in name]
+        shown = names if len(names) <= 8 else [*names[:2], f"{len(names) - 4} others", *names[-2:]]
+        return ", ".join(shown)
 
     def _tensor(self, part: str, name: str) -> Entry:
         entries = self._part(part)
