@@ -1,8 +1,9 @@
 """Which experts should stay in memory? Plays a trace of a router's choices against several rules.
 
-The trace is of a small mixture of experts (Mixtral, 16 experts, 2 a token) that is trained here for a minute on the text
-of this repository, with the usual loss for balance, and then reads text that it has not seen, token by token. It shows
-what routers do: favourites that differ between layers, and the same experts for a while. It is no 50 GB model.
+The trace, experts_trace.txt, was recorded from a small mixture of experts (Mixtral, 16 experts, 2 a token), which --record
+trains for a minute on the text of this repository as it is, with the usual loss for balance, and which then reads text that
+it has not seen, token by token. It shows what routers do: favourites that differ between layers, and the same experts for a
+while. It is no 50 GB model.
 """
 
 from __future__ import annotations
@@ -10,22 +11,31 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).parent.parent
+TRACE = Path(__file__).with_name("experts_trace.txt")
 LAYERS, EXPERTS, PER_TOKEN = 4, 16, 2
 
 Key = tuple[int, int]  # layer, expert
 Trace = list[list[list[int]]]  # token, layer -> the experts chosen
 
 
+def read_trace(path: Path) -> Trace:
+    """The choices in a file: a line for each token, a word for each layer, a hexadecimal digit for each expert."""
+    return [[[int(digit, 16) for digit in word] for word in line.split()] for line in path.read_text().splitlines()]
+
+
+def write_trace(trace: Trace, path: Path) -> None:
+    lines = (" ".join("".join(f"{expert:x}" for expert in experts) for experts in token) for token in trace)
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
 def trained_trace(steps: int, tokens: int) -> Trace:
     """The choices of a model of `steps` training steps, over `tokens` tokens (bytes) that it has not seen."""
+    import torch
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
@@ -129,15 +139,15 @@ RULES: dict[str, Callable[[Trace, int], float]] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200, help="of training (default: 200, a minute)")
-    parser.add_argument("--tokens", type=int, default=2048, help="of the trace (default: 2048)")
+    parser.add_argument("--record", action="store_true", help=f"train a model, and write its choices to {TRACE.name}")
+    parser.add_argument("--steps", type=int, default=200, help="of its training (default: 200, a minute)")
+    parser.add_argument("--tokens", type=int, default=2048, help="to record (default: 2048)")
     parser.add_argument("--json", type=Path, help="write the hit rates there")
     arguments = parser.parse_args(argv)
-    start = time.perf_counter()
-    trace = trained_trace(arguments.steps, arguments.tokens)
-    print(
-        f"trace: {len(trace)} tokens, {LAYERS} layers, {PER_TOKEN} of {EXPERTS} experts, {time.perf_counter() - start:.0f} s\n"
-    )
+    if arguments.record:
+        write_trace(trained_trace(arguments.steps, arguments.tokens), TRACE)
+    trace = read_trace(TRACE)
+    print(f"trace: {len(trace)} tokens, {LAYERS} layers, {PER_TOKEN} of {EXPERTS} experts\n")
     shares = (0.2, 0.35, 0.5, 0.75)
     rates = {name: [rule(trace, round(share * LAYERS * EXPERTS)) for share in shares] for name, rule in RULES.items()}
     print(f"{'hits, with slots for':<24}" + "".join(f"{share:>8.0%}" for share in shares))

@@ -17,6 +17,7 @@ sys.path.append(str(BENCH))
 
 import cgroup  # noqa: E402
 import checkpoint  # noqa: E402
+import experts  # noqa: E402
 import peers  # noqa: E402
 import rates  # noqa: E402
 import sampler  # noqa: E402
@@ -168,6 +169,21 @@ def test_a_mixture_reads_the_experts_that_are_wanted_and_absent(tmp_path: Path) 
     (run,) = json.loads((tmp_path / "results.json").read_text())["runs"]
     assert 0 < run["read_per_token"] < run["read_by_whole_layers"]
     assert 0 <= run["hits"] < 1
+
+
+def test_the_recorded_choices_of_experts_give_the_table_of_the_readme(tmp_path: Path) -> None:
+    experts.main(["--json", str(tmp_path / "rates.json")])
+    rates = json.loads((tmp_path / "rates.json").read_text())["hit_rates"]
+    rows = [line.strip("| ").split(" | ") for line in (BENCH / "README.md").read_text().splitlines()]
+    shown = {name: row for name, *row in rows if name in rates}
+    assert len(shown) == 6
+    assert shown == {name: [f"{100 * rate:.1f} %" for rate in rates[name]] for name in shown}
+
+
+def test_choices_of_experts_are_read_as_they_were_written(tmp_path: Path) -> None:
+    trace = [[[3, 15], [0, 7]], [[1, 2], [10, 11]]]
+    experts.write_trace(trace, tmp_path / "trace.txt")
+    assert experts.read_trace(tmp_path / "trace.txt") == trace
 
 
 def test_bench_of_the_sampler_times_both_beside_the_same_model(tmp_path: Path):
