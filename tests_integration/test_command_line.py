@@ -109,6 +109,18 @@ def test_the_file_at_fault_is_named(model, capsys, break_it, message):
     assert (out, errors.count("\n")) == ("", 1)
 
 
+def test_a_model_of_no_family_is_sent_to_offload_and_not_to_a_package_that_is_installed(model, capsys, monkeypatch):
+    edit(model / "config.json", model_type="mpt")
+    assert cli.main(["plan", str(model)]) == 2
+    errors = capsys.readouterr().err
+    assert "runs the model_type 'mpt'; those here run " in errors
+    assert "or run it with transformers under llm_partial_run.offload" in errors
+    assert "llm_llama_model" not in errors
+    monkeypatch.setattr(cli, "entry_points", lambda group: [])
+    assert cli.main(["plan", str(model)]) == 2
+    assert "those here run none. Install llm_llama_model, or another family's package" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("wrong", [1.5, [[1]], "abc", True, -1, [0, 1000]])
 def test_an_end_of_text_that_is_no_id_is_refused_with_its_file(model, capsys, wrong):
     path = model / "generation_config.json"

@@ -210,9 +210,12 @@ def _family(model_dir: Path) -> tuple[Any, Any]:
         raise ValueError(f"{path} is no model's config ({type(error).__name__}: {error}): download it again") from error
     found = {entry.name: entry for entry in entry_points(group=FAMILIES)}
     if not isinstance(model_type, str) or model_type not in found:
+        package = (
+            "the package of its family, if there is one" if found else "llm_llama_model, or another family's package"
+        )
         raise ValueError(
             f"{path}: no installed package runs the model_type {model_type!r}; those here run {', '.join(sorted(found)) or 'none'}. "
-            "pip install llm_llama_model, or another family's package"
+            f"Install {package}, or run it with transformers under llm_partial_run.offload"
         )
     family = found[model_type].load()
     try:
