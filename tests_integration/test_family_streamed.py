@@ -9,9 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import llm_bloom_model
+import llm_falcon_model
 import llm_partial_run
 import llm_sepweight
 from families import BLOOM, FALCON, MIXTURES, assert_near, family_of, save, theirs
+from llm_bloom_model._presets import PRESETS as BLOOMS
+from llm_falcon_model._presets import PRESETS as FALCONS
 
 BUDGET: dict[str, Any] = dict(rows=3, context=48, tokens=144, runtime=0)
 VARIANTS = FALCON | BLOOM | MIXTURES
@@ -68,3 +72,11 @@ def test_a_split_checkpoint_gives_the_same_logits(checkpoint: Path, ids: Tensor,
     whole, _ = logits_and_bytes(checkpoint, ids, 1 << 30)
     split, _ = logits_and_bytes(tmp_path / "split", ids, smallest(checkpoint) + (64 << 10))
     assert_near(split, whole)  # not the same bits: its tensors lie otherwise in their pages, and kernels tell
+
+
+@pytest.mark.parametrize(("family", "presets"), [(llm_bloom_model, BLOOMS), (llm_falcon_model, FALCONS)])
+def test_keys_of_a_token_of_published_models_are_multiples_of_64_bytes(family: Any, presets: Any) -> None:
+    for name in presets:  # so that rows begin at the start of a vector, on disk as in memory
+        layer = family.parts(family.Config.preset(name), "0:1")["mid.00000"]
+        for cache in layer.new_cache(1, 1, dtype=torch.bfloat16, device="meta"):
+            assert cache.nbytes % 64 == 0, name

@@ -22,7 +22,8 @@ class SpilledCaches:
     """The caches of all layers in one unlinked file, of which one layer is in memory at a time.
 
     Every row begins at a page, in the file and in memory, so that reads and writes go past the page cache. Only slots
-    in use are read, and only the pages with new slots are written.
+    in use are read, and only the pages with new slots are written. The bits are those of caches in memory where a slot is
+    a multiple of 64 bytes: there, too, rows begin at the start of a vector then.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], rows: int, slots: int, dtype: torch.dtype, directory: Any):
