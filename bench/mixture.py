@@ -1,6 +1,6 @@
 """Bytes read per token of a Mixtral that is larger than memory: the experts that tokens are sent to, against whole layers.
 
-Writes a random checkpoint in Mixtral's shape (8 experts, 2 a token; by default 8 layers of hidden size 2048, 6.3 GB), and
+Writes a random checkpoint in Mixtral's shape (8 experts, 2 a token; by default 8 layers of hidden size 2048, 6.2 GB), and
 decodes under a memory budget. The router is random as well, so no expert is a favourite: real models read less.
 """
 
@@ -100,7 +100,8 @@ def measure(shape: Mixture, path: Path, memory: str, tokens: int) -> dict[str, f
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="small", help="default small: 6.3 GB")
+    size = SHAPES["small"].nbytes / 1e9
+    parser.add_argument("--shape", choices=SHAPES, default="small", help=f"default small: {size:.1f} GB")
     parser.add_argument("--dir", type=Path, default=Path(__file__).parent / ".checkpoints", help="where it is written")
     parser.add_argument(
         "--memory", nargs="+", default=["2GiB", "4GiB"], help="budgets, or smallest (default: 2GiB 4GiB)"

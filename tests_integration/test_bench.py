@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ sys.path.append(str(BENCH))
 import cgroup  # noqa: E402
 import checkpoint  # noqa: E402
 import experts  # noqa: E402
+import mixture  # noqa: E402
 import peers  # noqa: E402
 import rates  # noqa: E402
 import sampler  # noqa: E402
@@ -169,6 +171,15 @@ def test_a_mixture_reads_the_experts_that_are_wanted_and_absent(tmp_path: Path) 
     (run,) = json.loads((tmp_path / "results.json").read_text())["runs"]
     assert 0 < run["read_per_token"] < run["read_by_whole_layers"]
     assert 0 <= run["hits"] < 1
+
+
+def test_what_is_said_of_the_measured_mixture_elsewhere_is_what_its_bench_says() -> None:
+    bench, package = ((BENCH.parent / name / "README.md").read_text() for name in ("bench", "partial_run"))
+    (said,) = re.findall(r"Mixtral's shape with a random router[^`]*", package)
+    (table,) = re.findall(r"bench/mixture\.py .*?\n\n## ", bench, re.DOTALL)
+    assert set(re.findall(r"\d+\.\d+", said)) <= set(re.findall(r"\d+\.\d+", table))
+    size = f"{mixture.SHAPES['small'].nbytes / 1e9:.1f} GB"
+    assert all(size in text for text in (said, table, str(mixture.__doc__)))
 
 
 def test_the_recorded_choices_of_experts_give_the_table_of_the_readme(tmp_path: Path) -> None:
