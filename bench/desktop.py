@@ -27,7 +27,9 @@ import rates
 from llm_bloom_model._presets import PRESETS
 
 ROW = 32  # tokens of each row in a pass of many
-COLUMNS = ("memory", "tokens", "s/layer", "read GB", "GB/s", "computing", "waiting", "peak GiB", "s, whole", "s/token")
+COLUMNS = (
+    "memory", "tokens", "s/layer", "read GB", "GB/s", "disk GB/s", "computing", "waiting", "peak GiB", "s, whole", "s/token",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,25 +124,33 @@ def _sizes(tokens: int) -> dict[str, Any]:
     return {"rows": max(1, tokens // ROW), "context": ROW, "tokens": tokens, "micro_batch": tokens}
 
 
-def measure(arguments: argparse.Namespace, path: Path, memory: str, tokens: int, disk_rate: float) -> tuple[str, ...]:
+def measure(arguments: argparse.Namespace, path: Path, memory: str, tokens: int) -> tuple[str, ...]:
     job = vars(arguments) | {"path": str(path), "memory": memory, "tokens": tokens}
     job = {key: value for key, value in job.items() if isinstance(value, (int, str))}
     limit = None if cgroup.why_not() else llm_partial_run.parse_bytes(memory)
     checkpoint.drop_page_cache(path.glob("*.safetensors"))
+    before = disk_rate(path)
     done = cgroup.run([sys.executable, __file__, "--work", json.dumps(job)], limit=limit, timeout=arguments.timeout)
     if done.returncode:
         error = "killed: out of memory" if done.killed else (done.stderr.strip().splitlines() or ["failed"])[-1]
         return memory, str(tokens), error
     said = json.loads(done.stdout.strip().splitlines()[-1])
+    disk = (before + disk_rate(path)) / 2  # a disk that others use is not always as fast
     layer = said["seconds"] / arguments.layers
     model = PRESETS[arguments.preset]
-    head = 2 * model["vocab_size"] * model["hidden_size"] / disk_rate  # of the embedding a few rows are read
+    head = 2 * model["vocab_size"] * model["hidden_size"] / disk  # of the embedding a few rows are read
     whole = model["n_layer"] * layer + head  # of a cap so small that hardly any layer stays
     numbers = (
-        layer, said["bytes_read"] / 1e9, said["bytes_read"] / said["seconds"] / 1e9, said["seconds_computing"], said["seconds_waiting"],
-        (done.peak or said["resident_set"]) / 2**30, whole, whole / tokens,
+        layer, said["bytes_read"] / 1e9, said["bytes_read"] / said["seconds"] / 1e9, disk / 1e9, said["seconds_computing"],
+        said["seconds_waiting"], (done.peak or said["resident_set"]) / 2**30, whole, whole / tokens,
     )  # fmt: skip
     return memory, str(tokens), *(f"{number:.2f}" for number in numbers)
+
+
+def disk_rate(path: Path) -> float:
+    """Bytes a second of plain direct reads of the layers."""
+    files = sorted(path.glob("model*.safetensors"))
+    return rates.disk(files, sample=min(rates.BYTES_PER_SAMPLE, sum(file.stat().st_size for file in files) // 4)).rate
 
 
 def main() -> None:
@@ -166,12 +176,10 @@ def main() -> None:
     try:
         for memory in arguments.plans:
             print(f"\nthe whole model in {memory}, one token a pass:\n{plan(arguments, path, memory, 1)}", flush=True)
-        disk = rates.disk(sorted(path.glob("model*.safetensors")))
-        print(f"\ndisk        reading {disk}", flush=True)
         rows: list[tuple[str, ...]] = [COLUMNS]
         for memory in arguments.memory:
             for tokens in arguments.tokens:
-                rows.append(measure(arguments, path, memory, tokens, disk.rate))
+                rows.append(measure(arguments, path, memory, tokens))
                 print(f"{memory}, {tokens} tokens: done", flush=True)
         print()
         for row in rows:

@@ -160,7 +160,8 @@ def test_layers_of_a_bloom_are_measured_at_real_size_and_deleted(tmp_path: Path)
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "of 1.52 GiB, computing in bfloat16" in done.stdout  # 24 layers, begin and end
     rows = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("700MiB")]
-    assert [row[:2] for row in rows if len(row) == 10] == [["700MiB", "1"], ["700MiB", "64"]]
+    assert [row[:2] for row in rows if len(row) == 11] == [["700MiB", "1"], ["700MiB", "64"]]
+    assert done.stdout.count("disk GB/s") == 1  # beside what each run read, as the disk was then
     assert not list(tmp_path.iterdir())
 
 
