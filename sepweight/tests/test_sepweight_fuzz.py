@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 
 import llm_sepweight
 from llm_sepweight import WeightError
-from llm_sepweight._manifest import parse_manifest
+from llm_sepweight._manifest import NewerError, parse_manifest
 
 ZEROS = "xxh3_128:" + "0" * 32
 
@@ -87,7 +88,8 @@ def test_a_manifest_with_any_value_anywhere_is_refused_or_true(directory, tmp_pa
         pass
     else:
         assert set(weights.parts) <= {"begin", "mid.00000", "end"}
-    assert all((forged / each.file).parent == forged for each in llm_sepweight.verify(forged))
+    with suppress(NewerError):  # of which nothing can be said, not even by verify
+        assert all((forged / each.file).parent == forged for each in llm_sepweight.verify(forged))
     shutil.rmtree(forged)
 
 
