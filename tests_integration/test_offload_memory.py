@@ -226,6 +226,12 @@ def test_the_process_stays_within_its_memory_when_keys_and_values_follow_their_b
     assert_stays_within_memory(config, tmp_path, 0, 256, 64, rows=16, new=5, beams=4)
 
 
+def test_the_process_stays_within_its_memory_when_many_layers_keep_little_each(tmp_path):
+    config = hf.LlamaConfig(hidden_size=256, intermediate_size=256, num_hidden_layers=80, num_attention_heads=8,
+                            vocab_size=4096)  # fmt: skip
+    assert_stays_within_memory(config, tmp_path, 0, 512, 64, rows=4, new=5, beams=4)
+
+
 def test_the_process_stays_within_its_memory_when_attention_has_a_new_shape_with_each_of_many_tokens(tmp_path):
     config = hf.BloomConfig(hidden_size=512, n_layer=6, n_head=8, vocab_size=4096)
     assert_stays_within_memory(config, tmp_path, 0, 176, 16, rows=4, new=160)

@@ -180,6 +180,12 @@ def cache_nbytes(module: nn.Module, rows: int, context: int, dtype: torch.dtype)
     return crossed * sum(map(kept, _layers(module))) * rows * context * dtype.itemsize
 
 
+def largest_kept_nbytes(module: nn.Module, rows: int, context: int, dtype: torch.dtype) -> int:
+    """Of the keys, or the values, of one layer; 0 where the config does not say."""
+    wide = (key_heads * max(key, value) for _, key_heads, key, value in map(_heads, _layers(module)))
+    return max(wide, default=0) * rows * context * dtype.itemsize
+
+
 def _refuse_other_states(module: nn.Module) -> None:
     """A recurrent layer has a state for each row, and its scan a work of many times the width of a token, both in fp32."""
     others = sorted({*(getattr(_text_config(module), "layer_types", None) or ())} - KEYS_AND_VALUES)

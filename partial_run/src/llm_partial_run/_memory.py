@@ -17,7 +17,7 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "m
 _PROC = Path("/proc/self")
 _CGROUPS = Path("/sys/fs/cgroup")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # as glibc's malloc.h numbers them
-_LARGE = 1 << 20  # bytes: what is no smaller has pages of its own, which go back to the system
+_LEAST, _LARGE = 1 << 17, 1 << 20  # bytes: between them lies the size from which a tensor has pages of its own
 
 
 def parse_bytes(size: int | str, name: str = "size") -> int:
@@ -78,16 +78,19 @@ def measured_runtime(memory: int, dtype: torch.dtype) -> int:
     return resident_set()
 
 
-def give_freed_memory_back() -> None:
+def give_freed_memory_back(largest: int) -> None:
     """Fix the size from which glibc gives a tensor pages of its own, for the whole process. Elsewhere it does nothing.
 
     glibc raises it, up to 32 MiB, with each larger tensor that is freed. Keys and values below it that grow, or follow
-    their beams, leave holes in the heap that are too small for the next: a quarter more memory than they need was seen.
+    their beams, leave holes in the heap that are too small for the next: half as much memory as they need was seen.
+
+    :param largest: bytes that a tensor of keys, or values, grows to. It is in the heap for an eighth of that at most.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGE)
-        mallopt(_M_TRIM_THRESHOLD, _LARGE)
+        threshold = max(_LEAST, min(largest // 8, _LARGE))
+        mallopt(_M_MMAP_THRESHOLD, threshold)
+        mallopt(_M_TRIM_THRESHOLD, threshold)
 
 
 def _mapped_files() -> int:

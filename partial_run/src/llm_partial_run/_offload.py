@@ -18,7 +18,7 @@ from ._block_weights import BlockWeights, refuse_gradients, replaced_forward
 from ._blocks import find_blocks, parts_of, places
 from ._budget import DEFAULT_SHARE, MARGIN, SLACK, beside_weights
 from ._buffers import computed_buffers
-from ._kinds import Survey, attending, cache_nbytes, copied_nbytes, survey_blocks
+from ._kinds import Survey, attending, cache_nbytes, copied_nbytes, largest_kept_nbytes, survey_blocks
 from ._memory import available, give_freed_memory_back, measured_runtime, parse_bytes
 from ._plan import Plan, decide
 from ._products import without_onednn
@@ -128,7 +128,7 @@ class Offload:
         computed = computed_buffers(module, buffers)
         self.plan = self._decide(store, survey, memory, rows, context, tokens, cache, device_memory, runtime)
         if self.plan.memory - self.plan.used < self.plan.caches:  # no room for the holes that keys and values leave
-            give_freed_memory_back()
+            give_freed_memory_back(largest_kept_nbytes(module, rows, context, self.plan.dtype))
         self._lock = threading.RLock()  # entered itself, as a stream's
         self._turn = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None  # in which a pass, or a block called by hand, is running
