@@ -13,6 +13,7 @@ def small_slices(monkeypatch):
     """Several slices a matrix, and nothing too small to be streamed, as in a model of real size."""
     monkeypatch.setattr(_units, "SLICE", 2048)
     monkeypatch.setattr(_kinds, "SMALL", 512)
+    monkeypatch.setattr(_kinds, "TABLE", 4096)
 
 
 @pytest.fixture(params=CONFIGS)

@@ -134,6 +134,36 @@ def test_of_an_encoder_and_a_decoder_the_larger_is_streamed_and_the_other_serves
         assert torch.equal(again, expected)
 
 
+WHISPER = hf.WhisperConfig(
+    d_model=32, encoder_layers=2, decoder_layers=4, encoder_attention_heads=4, decoder_attention_heads=4,
+    encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8, max_source_positions=20, max_target_positions=24,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, **VOCAB,
+)  # fmt: skip
+
+
+DEBERTA = hf.DebertaV2Config(
+    **SIZES, intermediate_size=48, relative_attention=True, position_buckets=8, pos_att_type=["p2c", "c2p"],
+    norm_rel_ebd="layer_norm", share_att_key=True, position_biased_input=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "inputs"),
+    [
+        (WHISPER, hf.AutoModelForSpeechSeq2Seq, dict(input_features=torch.randn(2, 8, 40), decoder_input_ids=PROMPTS)),
+        (DEBERTA, hf.AutoModelForMaskedLM, dict(input_ids=PROMPTS)),
+    ],
+    ids=["whisper cuts rows out", "deberta has a norm of all"],
+)
+def test_a_small_table_of_positions_is_there_as_a_whole(config, kind, inputs, tmp_path):
+    path = save(config, tmp_path, kind=kind)
+    model = on_meta(path, kind)
+    with offloaded(path, model, smallest(path, model)) as run:
+        assert run.plan.streamed
+        ours = logits(model, **inputs)
+    torch.testing.assert_close(ours, logits(resident(path, kind), **inputs), atol=2e-5, rtol=0)
+
+
 def test_blocks_that_share_their_weights_are_refused(tmp_path):
     config = hf.AlbertConfig(**SIZES, embedding_size=16, intermediate_size=48)
     with torch.device("meta"):

@@ -105,6 +105,7 @@ class Case:
 def case(tmp_path, file_store, monkeypatch):
     monkeypatch.setattr(_units, "SLICE", 2048)  # several slices a matrix
     monkeypatch.setattr(_kinds, "SMALL", 0)
+    monkeypatch.setattr(_kinds, "TABLE", 0)
     found = Case(tmp_path / "weights", file_store)
     yield found
     found.store.close()
@@ -181,6 +182,13 @@ def test_rows_of_an_embedding_are_looked_up_and_its_tied_head_computes_with_all(
         assert torch.equal(run.module.embed(IDS), case.resident.embed(IDS))
         with pytest.raises(RuntimeError, match=r"embed.weight is offloaded, and T needs it"):
             torch.ones(1, HIDDEN) @ run.module.embed.weight.T
+
+
+def test_a_small_embedding_is_there_as_a_whole_beside_its_tied_head(case, monkeypatch):
+    monkeypatch.setattr(_kinds, "TABLE", VOCAB * HIDDEN * 4)
+    with case.offload(case.smallest()) as run:
+        assert torch.equal(run.module.embed.weight, case.resident.embed.weight)
+        torch.testing.assert_close(run.module(IDS), case.resident(IDS), atol=2e-5, rtol=0)
 
 
 def test_a_matrix_looks_like_itself_while_it_is_away(case):

@@ -15,6 +15,7 @@ from ._blocks import parts_of, places
 from ._units import Model, Unit, _slices, can_stand_for, check_dtype, prevailing_dtype
 
 SMALL = 1 << 20  # bytes: a tensor of a block that is no larger always stays, as does any with one dimension
+TABLE = 4 << 20  # bytes: an embedding that is no larger stays: models use those of positions in many ways
 CONV1D = "transformers.pytorch_utils.Conv1D"  # GPT-2's: x @ weight + bias; a slice of it gives no outputs, only sums
 FALCON = "transformers.models.falcon.modeling_falcon.FalconLinear"  # x @ weight.T, and then + bias
 
@@ -112,9 +113,13 @@ def survey_blocks(
             hidden_size = hidden_size or info.shape[1]
             vocab_size = max(vocab_size, info.shape[0]) if part == "end" else vocab_size
         elif leaf == "weight" and isinstance(owner, nn.Embedding) and not in_block:
-            gathered.append((part, name))
-            gathered_nbytes += info.nbytes
             hidden_size = info.shape[1]
+            if nbytes > TABLE:
+                gathered.append((part, name))
+                gathered_nbytes += info.nbytes
+            else:
+                kept.append((part, name))
+                kept_nbytes += nbytes
             continue
         elif in_block and ((len(info.shape) > 1 and nbytes > SMALL) or tuple(info.shape) != tuple(tensor.shape)):
             whole[part, name] = tuple(tensor.shape)
