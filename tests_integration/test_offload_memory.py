@@ -14,7 +14,7 @@ import transformers as hf
 from transformers import AutoModelForCausalLM
 
 from llm_partial_run import _kinds, _units
-from offloading import CONFIGS, LATENT, LLAMA, ROUTED, T5, offloaded, on_meta, resident, save
+from offloading import CONFIGS, LATENT, LLAMA, ROUTED, T5, offloaded, on_meta, resident, save, smallest
 
 pytestmark = pytest.mark.usefixtures("small_slices")
 
@@ -138,6 +138,27 @@ def test_the_plan_counts_what_generate_holds_of_a_large_vocabulary(how, dtype, t
     with offloaded(path, model, rows=32, context=8, tokens=64) as run:
         allocated = peak_of_allocations(lambda: model.generate(prompts, **how))
     assert allocated <= run.plan.used - run.plan.kept - run.plan.resident
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_of_more_logits_than_there_is_memory_for_is_refused_before_anything_is_read(
+    dtype, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(_units, "SLICE", 4 << 20)
+    path = save(hf.LlamaConfig(**LLAMA | dict[str, Any](vocab_size=8192)), tmp_path, dtype)
+    theirs, model, ids = resident(path), on_meta(path), torch.ones(2, 64, dtype=torch.long)
+    with offloaded(path, model, smallest(path, model, context=64), context=64) as run, torch.no_grad():
+        with pytest.raises(
+            ValueError, match=r"labels= of 128 tokens.*more than.*give fewer tokens in a call, or offload"
+        ):
+            model(ids, labels=ids)
+        assert run.stats.bytes_read == 0
+        few = ids[:, :24]
+        allocated = peak_of_allocations(lambda: model(few, labels=few))
+        torch.testing.assert_close(model(few, labels=few).loss, theirs(few, labels=few).loss)
+    assert allocated <= run.plan.caches + run.plan.activations
+    with offloaded(path, model, "1GiB", context=64) as run, torch.no_grad():
+        torch.testing.assert_close(model(ids, labels=ids).loss, theirs(ids, labels=ids).loss)
 
 
 def chunk_by_chunk(model, prompts, mask, step=32):

@@ -54,6 +54,19 @@ def check_length(plan: Plan, rows: int, length: int, at_once: bool) -> None:
         )
 
 
+def check_labels(plan: Plan, model: Model, labels: object) -> None:
+    """Refuse a loss of more tokens than the plan has memory for: transformers takes all their logits in fp32, twice."""
+    if not isinstance(labels, Tensor) or plan.device_memory:
+        return
+    nbytes = labels.numel() * model.vocab_size * (plan.dtype.itemsize + 2 * 4)
+    room = plan.memory - plan.used + plan.activations
+    if nbytes > room:
+        raise ValueError(
+            f"labels= of {labels.numel()} tokens: the logits that their loss is computed from take {format_bytes(nbytes)}, more "
+            f"than the {format_bytes(room)} that the plan leaves: give fewer tokens in a call, or offload a larger context= and tokens="
+        )
+
+
 def check_logits(plan: Plan, model: Model, positions: int, at_once: int) -> None:
     """Refuse more logits than the plan has memory for: of those computed at once, and of all where that takes several turns.
 

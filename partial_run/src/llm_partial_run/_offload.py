@@ -18,6 +18,7 @@ from ._block_weights import BlockWeights, refuse_gradients, replaced_forward
 from ._blocks import find_blocks, parts_of, places
 from ._budget import DEFAULT_SHARE, MARGIN, SLACK, beside_weights
 from ._buffers import computed_buffers
+from ._checks import check_labels
 from ._kinds import Survey, attending, cache_nbytes, copied_nbytes, largest_kept_nbytes, survey_blocks
 from ._memory import available, give_freed_memory_back, measured_runtime, parse_bytes
 from ._plan import Plan, decide
@@ -124,7 +125,7 @@ class Offload:
         used = dict.fromkeys(part for part, _ in named.values())
         store = Tied(as_store(weights, {part: parts[part] for part in used}), module, named)
         survey = survey_blocks(module, found, store, dtype=dtype, context=context, whole_blocks=whole_blocks)
-        self._attending = attending(module, survey)
+        self._model, self._attending = survey.model, attending(module, survey)
         computed = computed_buffers(module, buffers)
         self.plan = self._decide(store, survey, memory, rows, context, tokens, cache, device_memory, runtime)
         if self.plan.memory - self.plan.used < self.plan.caches:  # no room for the holes that keys and values leave
@@ -257,6 +258,7 @@ class Offload:
         with self._claim():
             if self._passing:
                 return forward(*args, **kwargs)
+            check_labels(self.plan, self._model, kwargs.get("labels"))
             self._begin()
             self._passing, complete = True, False
             try:
