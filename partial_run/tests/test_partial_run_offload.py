@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -232,6 +233,17 @@ def test_a_module_that_computes_with_matrices_outside_their_block_is_told_that_i
                 RuntimeError, match=rf"{name.removeprefix('blocks.3.')} is offloaded, and mul.*so cannot be offloaded"
             ):
                 named[name] * 2
+
+
+@pytest.mark.parametrize("work", [nn.Module.state_dict, copy.deepcopy, nn.Module.half], ids=["save", "copy", "convert"])
+def test_what_takes_all_weights_of_an_offloaded_module_is_told_to_close_it_first(case, work):
+    module = on_meta()
+    with (
+        case.offload(case.smallest(), module),
+        pytest.raises(RuntimeError, match=r"is offloaded, and .* close the offload first"),
+    ):
+        work(module)
+    work(module)
 
 
 @pytest.mark.parametrize("error", [None, KeyError, KeyboardInterrupt])

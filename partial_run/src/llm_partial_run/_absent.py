@@ -57,10 +57,13 @@ class Absent(torch.Tensor):
                 return _look_up(weight._rows, ids, *rest, **kwargs)
         absent = next(a for a in (*args, *kwargs.values()) if isinstance(a, Absent))
         asked = func.__self__ if func.__name__ == "__get__" else func  # of x.T, say "T"
+        elsewhere = (
+            "To save, copy or convert a module, close the offload first; one whose forward does so cannot be offloaded"
+        )
         raise RuntimeError(
             f"{absent._name} is offloaded, and {asked.__name__} needs it in memory as a whole: only the forward of the "
             "module that it belongs to can do without. "
-            + ("Give whole_blocks=True" if absent._in_its_block() else "A module that does so cannot be offloaded")
+            + ("Give whole_blocks=True" if absent._in_its_block() else elsewhere)
         )
 
 
