@@ -495,6 +495,7 @@ def test_the_inner_module_and_fewer_blocks_may_be_called_alone(case):
         every, run.module.blocks = run.module.blocks, nn.ModuleList(list(run.module.blocks)[:5]).eval()
         with pytest.warns(UserWarning, match=r"after.weight\[0:16\] was asked for when it was not its turn"):
             early = run.module(IDS)  # as an early exit does
+        assert run.stats.passes == 1
         run.module.blocks = every
         assert not torch.equal(early, expected)
         assert torch.equal(run.module(IDS), expected)
