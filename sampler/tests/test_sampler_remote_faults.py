@@ -8,6 +8,7 @@ import re
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -126,6 +127,30 @@ def test_a_server_that_lies_is_named(answer: bytes, message: str) -> None:
         with pytest.raises(RemoteError, match=message) as raised:
             remote(torch.tensor([[1]]))
         assert url in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (http(b"x" * 99, content_length=1 << 29), "broke off: IncompleteRead"),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n20000000\r\n" + b"x" * 99, "broke off: IncompleteRead"),
+        (b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 99, "answered no tensors"),
+    ],
+    ids=["length", "chunk", "until it ends"],
+)
+def test_a_reply_takes_memory_as_it_comes_and_not_as_it_is_announced(answer: bytes, message: str) -> None:
+    def told(connection: socket.socket) -> None:
+        connection.sendall(answer)
+
+    with scripted(http(INFO), told) as (url, _), from_url(url, retries=0) as remote:
+        tracemalloc.start()
+        try:
+            with pytest.raises(RemoteError, match=message):
+                remote(torch.tensor([[1]]))
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert peak < 4 << 20
 
 
 @pytest.mark.parametrize(

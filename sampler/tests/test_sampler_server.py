@@ -8,6 +8,7 @@ import re
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
@@ -140,6 +141,35 @@ def test_an_oversized_body_is_refused_by_its_length_and_not_read(url: str) -> No
     assert b" 400 " in raw(url, head.format("-5").encode())
     assert time.monotonic() - start < 5
     assert ask(url, "POST", "/last_logits", bytes(1 << 20))[0] == 413, "and a client that sends it all can read why"
+
+
+def test_a_body_takes_memory_as_it_comes_and_not_as_it_is_announced() -> None:
+    head = f"POST /last_logits HTTP/1.1\r\ncontent-type: {CONTENT_TYPE}\r\ncontent-length: {1 << 28}\r\n\r\n"
+    with serve(forward) as server, socket.create_connection(address(server.url), timeout=10) as client:
+        tracemalloc.start()
+        try:
+            client.sendall(head.encode() + b"x" * 99)
+            client.shutdown(socket.SHUT_WR)
+            told = client.recv(1 << 16)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert b"ended 268435357 bytes before the end of the body" in told
+    assert peak < 4 << 20
+
+
+def test_a_body_of_many_pieces_arrives_whole() -> None:
+    class Summing:
+        def __call__(self, ids: Tensor) -> Tensor:
+            return torch.zeros(*ids.shape, 700_001)
+
+        def last_logits(self, ids: Tensor, lengths: Tensor, n: int) -> Tensor:
+            return (torch.arange(700_001.0) * int(ids.sum() % 1009)).expand(1, 1, -1)
+
+    ids = torch.arange(700_001).unsqueeze(0)  # 2.8 MB there, and as much back
+    with serve(Summing(), max_tokens=1 << 20) as server, from_url(server.url, dtype="float32") as remote:
+        logits = remote.last_logits(ids, torch.tensor([700_001]))
+    assert torch.equal(logits, Summing().last_logits(ids, torch.tensor([700_001]), 1))
 
 
 def test_a_reply_to_head_has_no_body(url: str) -> None:

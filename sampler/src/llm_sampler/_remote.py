@@ -30,6 +30,7 @@ from ._wire import (
     BoundedReader,
     decode_tensors,
     encode_tensors,
+    received,
     unpack_logits,
 )
 
@@ -250,16 +251,9 @@ class RemoteForward:
                 raise RemoteError(
                     f"answers {length} bytes, more than max_bytes={limit}; ask for fewer rows or positions"
                 )
-            answer = bytearray(min(length, limit) if length is not None else 0)
-            if length is None:
-                answer += response.read(limit + 1)
-            else:
-                view, at = memoryview(answer), 0
-                while at < len(answer):
-                    got = response.readinto(view[at:])
-                    if not got:
-                        raise http.client.IncompleteRead(bytes(answer[:at]), len(answer) - at)
-                    at += got
+            answer = received(response, limit + 1 if length is None else min(length, limit))
+            if length is not None and len(answer) < min(length, limit):
+                raise http.client.IncompleteRead(bytes(answer), length - len(answer))
             if len(answer) > limit or not response.isclosed():
                 connection.close()  # the rest of it would be taken for the next reply
             if len(answer) > limit and response.status == 200:

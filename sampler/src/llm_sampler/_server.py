@@ -17,7 +17,7 @@ import torch
 from ._forward import ForwardFunc
 from ._service import Reply, RequestError, Service, refusal
 from ._settings import REQUIRED, number, plain
-from ._wire import COUNT, SECONDS, BoundedReader
+from ._wire import COUNT, SECONDS, BoundedReader, received
 
 _log = logging.getLogger("llm_sampler")
 _PORT = number(REQUIRED, lambda v: 0 <= v < 1 << 16, "an integer from 0 to 65535", int)
@@ -202,13 +202,10 @@ class _Handler(BaseHTTPRequestHandler):
                 int(length) if (length := headers.get("content-length", "0")).isdecimal() and len(length) < 19 else -1
             )
             self.server.service.admit(self.command, self.path, headers)
-            body = bytearray(left)
-            view = memoryview(body)
-            while left:
-                got = self.rfile.readinto(view[len(body) - left :])  # type: ignore[attr-defined]
-                if not got:
-                    raise RequestError(400, f"the connection ended {left} bytes before the end of the body")
-                left -= got
+            body = received(self.rfile, left)
+            left -= len(body)
+            if left:
+                raise RequestError(400, f"the connection ended {left} bytes before the end of the body")
         except RequestError as refused:
             self._refuse(refused, left)
         except TimeoutError:

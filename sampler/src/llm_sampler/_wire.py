@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Mapping
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ SECONDS = number(REQUIRED, lambda v: 0 < v <= 1_000_000, "a number of seconds > 
 _CODES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I32": torch.int32, "I64": torch.int64}
 _NAMES = {dtype: code for code, dtype in _CODES.items()}
 _HEADER_LIMIT = 1 << 16
+_ROOM = memoryview(bytes(1 << 20))  # what a body grows by, ahead of what comes
 
 
 def encode_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
@@ -94,6 +96,21 @@ def unpack_logits(tensors: Mapping[str, Tensor]) -> Tensor:
     if "highest" not in tensors:
         return tensors["logits"]
     return tensors["logits"].float().add_(tensors["highest"].unsqueeze(-1))
+
+
+def received(stream: Any, size: int) -> bytearray:
+    """The next `size` bytes of a stream, or what there is of them; they take memory as they come, not as was announced."""
+    body, at = bytearray(), 0
+    while at < size:
+        if at == len(body):
+            body += _ROOM[: size - at]
+        with memoryview(body) as view:
+            got = stream.readinto(view[at:])
+        if not got:
+            break
+        at += got
+    del body[at:]
+    return body
 
 
 class BoundedReader(io.RawIOBase):
