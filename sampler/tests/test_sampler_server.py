@@ -196,6 +196,17 @@ def test_a_refusal_is_sent_before_the_rest_of_the_body_is_waited_for(url: str) -
         assert b" 413 " in client.recv(1 << 16)
 
 
+@pytest.mark.parametrize("lengths", [("27", "0"), ("0", "27"), ("27", "27")])
+def test_a_body_whose_lengths_are_two_is_refused_and_is_no_second_request(url: str, lengths: tuple[str, str]) -> None:
+    head = f"POST /last_logits HTTP/1.1\r\nhost: x\r\ncontent-type: {CONTENT_TYPE}\r\n"
+    first, second = lengths
+    inner = "GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+    got = raw(url, f"{head}content-length: {first}\r\nContent-Length: {second}\r\n\r\n{inner}".encode())
+    assert got.startswith(b"HTTP/1.1 400 ")
+    assert got.count(b"HTTP/1.1 ") == 1
+    assert f"the content-length is '{first}, {second}'".encode() in got
+
+
 @pytest.mark.parametrize(
     ("method", "path", "headers", "status"),
     [
