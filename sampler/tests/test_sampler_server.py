@@ -207,6 +207,15 @@ def test_a_body_whose_lengths_are_two_is_refused_and_is_no_second_request(url: s
     assert f"the content-length is '{first}, {second}'".encode() in got
 
 
+@pytest.mark.parametrize("header", ["content-length : 27", "a b: c\r\ncontent-length: 27", "abc\r\ncontent-length: 27"])
+def test_a_body_whose_length_is_lost_is_refused_and_is_no_second_request(url: str, header: str) -> None:
+    head = f"POST /last_logits HTTP/1.1\r\nhost: x\r\ncontent-type: {CONTENT_TYPE}\r\n{header}\r\n\r\n"
+    got = raw(url, f"{head}GET / HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+    assert got.startswith(b"HTTP/1.1 400 ")
+    assert got.count(b"HTTP/1.1 ") == 1
+    assert b"a line of the header is not a header" in got
+
+
 @pytest.mark.parametrize(
     ("method", "path", "headers", "status"),
     [

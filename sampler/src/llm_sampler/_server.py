@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 import time
+from email.errors import MissingHeaderBodySeparatorDefect
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -198,6 +199,9 @@ class _Handler(BaseHTTPRequestHandler):
             if "transfer-encoding" in headers:
                 self.close_connection = True
                 raise RequestError(411, "send the body with its Content-Length, not in chunks")
+            if MissingHeaderBodySeparatorDefect in map(type, self.headers.defects):
+                self.close_connection = True
+                raise RequestError(400, "a line of the header is not a header, and those behind it are lost")
             left = (
                 int(length) if (length := headers.get("content-length", "0")).isdecimal() and len(length) < 19 else -1
             )
