@@ -123,9 +123,9 @@ def test_a_forward_that_cannot_be_called_is_refused_at_the_call() -> None:
         sample("model", [[1]], max_new_tokens=3)  # type: ignore[arg-type]
 
 
-def bad(row: int, value: float, every: bool = False) -> object:
+def bad(row: int, value: float, every: bool = False, dtype: torch.dtype = torch.float32) -> object:
     def forward(ids: Tensor) -> Tensor:
-        logits = torch.zeros(*ids.shape, 8)
+        logits = torch.zeros(*ids.shape, 8, dtype=dtype)
         if ids.shape[1] == 3:
             logits[row, :, slice(None) if every else 4] = value
         return logits
@@ -139,6 +139,8 @@ def bad(row: int, value: float, every: bool = False) -> object:
         (bad(1, NAN), "row 1, step 1: the logits contain nan"),
         (bad(0, math.inf), "row 0, step 1: the logits contain inf"),
         (bad(1, -math.inf, every=True), "row 1, step 1: all logits are -inf"),
+        (bad(0, 1e300, dtype=torch.float64), "row 0, step 1: the logits contain inf; .* finite in float32"),
+        (bad(1, -1e300, every=True, dtype=torch.float64), "row 1, step 1: all logits are -inf"),
         (lambda ids: torch.zeros(ids.shape[0], 8), r"step 0: forward_func returned torch.float32 \[2, 8\]"),
         (lambda ids: torch.zeros(ids.shape[0], 1, 8), r"logits \[2, 2, vocabulary\] are needed"),
         (lambda ids: torch.zeros(*ids.shape, 8).long(), "floating-point"),

@@ -216,7 +216,7 @@ def _log_softmax(logits: Tensor, prompts: Sequence[int], step: int) -> Tensor:
         if not math.isfinite(peak):
             wrong = "all logits are -inf" if peak == -math.inf else f"the logits contain {peak}"
             raise ValueError(
-                f"row {prompt}, step {step}: {wrong}; forward_func must return finite logits, "
+                f"row {prompt}, step {step}: {wrong}; forward_func must return logits that are finite in float32, "
                 "-inf only for what is excluded (float16 that overflows is a common cause)"
             )
     return values.log_softmax(-1)

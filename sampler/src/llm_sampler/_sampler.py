@@ -132,7 +132,7 @@ class Sampler:
             chosen, peaks, afters, *raw = torch.stack(columns).tolist()  # float64; the one transfer from the device
         if not math.isfinite(sum(peaks) + sum(afters)):  # in one go: as a rule all are
             index = next(i for i, both in enumerate(zip(peaks, afters, strict=True)) if not math.isfinite(sum(both)))
-            raise _error(rows[index], float(logits[index].max()), float(scores.values[index].max()))
+            raise _error(rows[index], peaks[index], float(scores.values[index].max()))
         befores = raw[0] if raw else [None] * len(rows)
         if self._top is None:
             return [
@@ -210,12 +210,12 @@ def _most_likely(scores: Scores, counts: Sequence[int]) -> list[Top]:
 
 
 def _error(row: Row, highest: float, left: float) -> ValueError:
-    """Why nothing can be drawn, from the largest logit before and after the stages."""
+    """Why nothing can be drawn, from the largest logit in float32 before and after the stages."""
     place = f"row {row.index}, step {row.step}"
     if not math.isfinite(highest):
         wrong = "all logits are -inf" if highest == -math.inf else f"the logits contain {highest}"
         return ValueError(
-            f"{place}: {wrong}; forward_func must return finite logits, "
+            f"{place}: {wrong}; forward_func must return logits that are finite in float32, "
             "-inf only for what is excluded (float16 that overflows is a common cause)"
         )
     wrong = "no token is left" if left == -math.inf else f"a score became {left}"
