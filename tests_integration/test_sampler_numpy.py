@@ -140,6 +140,18 @@ def test_numpys_numbers_rank_samples_as_pythons_do() -> None:
     assert ranked == best_of(causal, [[1]], by=lambda row: sum(row.tokens), **options)
 
 
+def test_numpys_false_leaves_log_probabilities_out_as_pythons_does() -> None:
+    no: Any = np.bool_(False)
+    options: dict = {"max_new_tokens": 3, "seed": 0}
+    want = generate(causal, [[1]], logprobs=False, **options)
+    assert generate(causal, [[1]], logprobs=no, **options) == want
+    assert generate(causal, [[1]], logprobs=np.bool_(True), **options) == generate(causal, [[1]], **options)
+    with pytest.raises(ValueError, match="top_logprobs are asked for, and logprobs=False"):
+        generate(causal, [[1]], logprobs=no, top_logprobs=2, **options)
+    with pytest.raises(ValueError, match="by is 'mean', and logprobs=False"):
+        best_of(causal, [[1]], n=2, logprobs=no, **options)
+
+
 def test_logits_that_are_numpys_name_the_remedy() -> None:
     with pytest.raises(ValueError, match=r"returned ndarray, .* wrap it as `lambda ids: torch.as_tensor\(model\("):
         next(sample(lambda ids: causal(ids).numpy(), [[1]], max_new_tokens=1))  # type: ignore[arg-type,return-value]

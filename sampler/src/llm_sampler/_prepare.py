@@ -44,9 +44,10 @@ def prepared(given: Mapping[str, Any]) -> tuple[list[Row], Sampler]:
         raise ValueError("stop_strings are looked for in text; give decode too, such as tokenizer.decode")
     if decode is not None:
         check_decode(decode)
-    if type(given["logprobs"]) is not bool:
-        raise TypeError(f"logprobs is {given['logprobs']!r}; it must be True or False, and top_logprobs a number")
-    if given["top_logprobs"] is not None and not given["logprobs"]:
+    logprobs = plain(given["logprobs"])
+    if type(logprobs) is not bool:
+        raise TypeError(f"logprobs is {logprobs!r}; it must be True or False, and top_logprobs a number")
+    if given["top_logprobs"] is not None and not logprobs:
         raise ValueError("top_logprobs are asked for, and logprobs=False; leave one of them away")
     stops = ids().per_row("stop_ids", given["stop_ids"], count)
     sources = seeds_of(given["seed"], count, n, secrets.randbits)
@@ -75,7 +76,7 @@ def prepared(given: Mapping[str, Any]) -> tuple[list[Row], Sampler]:
         settings,
         order,
         vocab_size=vocab_size,
-        logprobs=given["logprobs"],
+        logprobs=logprobs,
         top_logprobs=None if tops is None else _repeated(tops, n),
     )
     if vocab_size is not None:
