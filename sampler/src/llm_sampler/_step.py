@@ -35,7 +35,8 @@ class Step:
 class Completion:
     """All that was generated for one row; `tokens` ends with the stop id where `finished` is "stop".
 
-    text: without what a stop id or a stop string stands for; None unless sample was given decode.
+    logprobs: as in `Step`, () with logprobs=False. text: without what a stop id or a stop string stands for; None unless
+    sample was given decode.
     """
 
     tokens: tuple[int, ...]
