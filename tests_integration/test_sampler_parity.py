@@ -92,6 +92,17 @@ def test_each_stage_equals_hugging_faces_processor(case: str, scale: float) -> N
     assert torch.equal(got, logits) != reached, "the case does something, unless it must not"
 
 
+def test_hugging_face_keeps_ties_in_typical_sampling_and_stop_ids_among_bad_words_where_the_readme_says_so() -> None:
+    ids, logits = torch.zeros(1, PROMPT, dtype=torch.long), torch.tensor([[0.0, 0.0, 0.0, 0.0, -5.0]])
+    assert theirs(logits, ids, transformers.TypicalLogitsWarper(0.5)).isfinite().sum() == 4
+    assert ours(logits, ids, typical_p=0.5).isfinite().sum() == 3, "two have a little less than half of the mass"
+    bad = transformers.NoBadWordsLogitsProcessor([[1], [2]], eos_token_id=torch.tensor([2]))
+    assert theirs(logits, ids, bad).isfinite().tolist() == [[True, False, True, True, True]]
+    assert ours(logits, ids, bad_words_ids=[[1], [2]], stop_ids=2).isfinite().tolist() == [
+        [True, False, False, True, True]
+    ]
+
+
 @pytest.mark.parametrize("scale", [0.5, 2.0, 6.0])
 @pytest.mark.parametrize("foreign", [False, True])
 def test_all_together_equal_hugging_faces_in_their_order(scale: float, foreign: bool) -> None:
