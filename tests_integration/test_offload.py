@@ -142,8 +142,8 @@ WHISPER = hf.WhisperConfig(
 
 
 DEBERTA = hf.DebertaV2Config(
-    **SIZES, intermediate_size=48, relative_attention=True, position_buckets=8, pos_att_type=["p2c", "c2p"],
-    norm_rel_ebd="layer_norm", share_att_key=True, position_biased_input=False,
+    **SIZES, intermediate_size=48, relative_attention=True, pos_att_type=["p2c", "c2p"], position_biased_input=False,
+    **dict[str, Any](position_buckets=8, norm_rel_ebd="layer_norm", share_att_key=True),
 )  # fmt: skip
 
 
