@@ -181,7 +181,7 @@ def peak_of_allocations(work) -> int:
 PROGRAM = r"""
 import re, sys, torch, llm_partial_run, llm_sepweight
 from transformers import AutoConfig, AutoModelForCausalLM
-path, more, rows, context, chunk, new, beams = sys.argv[1], *map(int, sys.argv[2:])
+path, more, rows, context, chunk, new, beams, lengths = sys.argv[1], *map(int, sys.argv[2:])
 with torch.device("meta"):
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).eval()
 weights = llm_sepweight.open(path, layout=llm_partial_run.layout_from_module(model))
@@ -195,7 +195,8 @@ with llm_partial_run.offload(model, weights, memory=memory, **budget) as run:
     how = dict(max_new_tokens=new, num_beams=beams, do_sample=False, eos_token_id=None, pad_token_id=0)
     if not chunk:
         model(prompts)
-    model.generate(prompts, **how, **(dict(prefill_chunk_size=chunk) if chunk else {}))
+    for shorter in range(lengths):
+        model.generate(prompts[:, shorter:], **how, **(dict(prefill_chunk_size=chunk) if chunk else {}))
 peak = re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]  # not that of whoever started it
 print(memory, int(peak) * 1024, run.plan.streamed, run.plan.resident)
 """
@@ -258,10 +259,22 @@ def test_the_process_stays_within_its_memory_when_attention_has_a_new_shape_with
     assert_stays_within_memory(config, tmp_path, 0, 176, 16, rows=4, new=160)
 
 
-def assert_stays_within_memory(config, path, more, context, chunk, rows=2, new=12, beams=1):
+@pytest.mark.parametrize(
+    "config",
+    [
+        hf.GPT2Config(n_embd=1024, n_layer=2, n_head=8, vocab_size=4096),
+        hf.FalconConfig(hidden_size=1024, num_hidden_layers=3, num_attention_heads=16, vocab_size=4096),
+    ],
+    ids=["gpt2", "falcon 7b"],
+)
+def test_the_process_stays_within_its_memory_when_many_prompts_each_have_another_length(config, tmp_path):
+    assert_stays_within_memory(config, tmp_path, 0, 128, 0, rows=1, new=2, lengths=40)
+
+
+def assert_stays_within_memory(config, path, more, context, chunk, rows=2, new=12, beams=1, lengths=1):
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, path, *map(str, (more, rows, context, chunk, new, beams))],
+        [sys.executable, "-c", PROGRAM, path, *map(str, (more, rows, context, chunk, new, beams, lengths))],
         capture_output=True,
         text=True,
         timeout=170,

@@ -324,11 +324,14 @@ def test_what_lies_beside_the_blocks_serves_other_threads_too(case):
 class Conv1D(nn.Module):
     """As GPT-2's, by whose name it is known: a slice of its matrix gives no outputs, so that it is bound as one."""
 
+    rows: ClassVar[set[int]] = set()  # how many it has met at once
+
     def __init__(self) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.empty(HIDDEN, HIDDEN)), nn.Parameter(torch.empty(HIDDEN))
 
     def forward(self, x: Tensor) -> Tensor:
+        Conv1D.rows.add(x.numel() // HIDDEN)
         return x @ self.weight + self.bias
 
 
@@ -355,6 +358,48 @@ def test_matrices_bound_as_one_while_they_are_called_serve_other_threads_too(cas
         assert all(map(torch.equal, results, beside * 150))
         assert all(torch.equal(result, expected) for result in passes.result(20))
     torch.testing.assert_close(expected, case.resident(IDS), atol=2e-5, rtol=0)
+    case.store.close()
+
+
+@pytest.mark.parametrize("memory", ["smallest", "1GiB"])
+def test_matrices_bound_as_one_while_they_are_called_meet_few_numbers_of_rows_in_16_bits(case, memory):
+    case = Case(case.path / "convolutions", case.store_of, Convolutions)
+    budget = dict(context=128, dtype=torch.bfloat16)
+    with case.offload(case.smallest(**budget) if memory == "smallest" else memory, **budget) as run, torch.no_grad():
+        Conv1D.rows.clear()
+        for tokens in range(65, 129):
+            assert run.module(torch.ones(1, tokens, dtype=torch.long)).shape == (1, tokens, VOCAB)
+    assert Conv1D.rows == {128}
+    case.store.close()
+
+
+class FalconLinear(nn.Linear):
+    """As Falcon's, by whose name it is known: the bias is added to rounded sums."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight.T + self.bias
+
+
+FalconLinear.__module__, _, FalconLinear.__qualname__ = _kinds.FALCON.rpartition(".")
+
+
+class Falcons(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.up, block.down = FalconLinear(HIDDEN, 2 * HIDDEN), FalconLinear(2 * HIDDEN, HIDDEN)
+
+
+def test_slices_of_a_falcon_meet_few_numbers_of_rows_in_16_bits(case, monkeypatch):
+    case = Case(case.path / "falcons", case.store_of, Falcons)
+    met, real = set(), F.linear
+    monkeypatch.setattr(
+        F, "linear", lambda x, *others: met.add((x.numel() // x.shape[-1], x.shape[-1])) or real(x, *others)
+    )
+    with case.offload(dtype=torch.bfloat16, context=128) as run, torch.no_grad():
+        for tokens in range(65, 129):
+            run.module(torch.ones(1, tokens, dtype=torch.long))
+    assert met == {(128, HIDDEN), (128, 2 * HIDDEN)}
     case.store.close()
 
 

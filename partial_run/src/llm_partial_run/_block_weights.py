@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ._absent import Absent
 from ._kinds import Survey
 from ._plan import Plan
-from ._products import onednn, product
+from ._products import of_few_shapes, product
 from ._stores import page_aligned
 from ._units import Unit
 from ._weights import Compute, Progress, Weights, bound
@@ -148,8 +148,7 @@ class BlockWeights(Weights):
             else:
                 self._replace_forward(module, functools.partial(self._falcon, module, units))
         for (part, name), module in self._survey.called.items():
-            if (part, name) not in self._complete:
-                self._replace_forward(module, functools.partial(self._call, module, (part, name)))
+            self._replace_forward(module, functools.partial(self._call, module, (part, name)))
         for part, name in {*self._survey.sliced, *self._survey.called, *self._survey.whole} - self._complete:
             self._stand_in(part, name, None)
         for part, name in self._survey.gathered:
@@ -192,8 +191,8 @@ class BlockWeights(Weights):
         x = x.contiguous()
         outputs = []  # each [..., rows of the slice]
         for unit in units:
-            with self._slice_of(unit) as rows, onednn(True):
-                outputs.append(x @ rows.T)
+            with self._slice_of(unit) as rows:
+                outputs.append(product(x, rows, None))
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         bias = module._parameters["bias"]
         return output if bias is None else output + bias
@@ -201,8 +200,11 @@ class BlockWeights(Weights):
     def _call(self, module: nn.Module, tensor: tuple[str, str], x: Tensor) -> Tensor:
         """The module's own forward, with its matrix in one piece."""
         refuse_gradients(": ".join(tensor), x)
+        forward = functools.partial(type(module).forward, module)
+        if tensor in self._complete:
+            return of_few_shapes(forward, x)
         with self._one_called, bound(module, "weight", self._assemble(tensor, self._room_for_a_call)):
-            return type(module).forward(module, x)
+            return of_few_shapes(forward, x)
 
     def _assemble(self, tensor: tuple[str, str], memory: Tensor) -> Tensor:
         """A tensor from its slices: from a page's start on, whether they stay or are streamed, so that the bits are the same."""

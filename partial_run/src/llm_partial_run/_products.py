@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -62,22 +62,26 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias: x [..., K], weight [N, K] -> [..., N].
 
     One row on a CPU is as fast as the weight can be read. In bf16 torch gives it to oneDNN, which reads at half the
-    speed of ATen's own kernel, with the same rounding (sums in fp32): so oneDNN is off during this one product. For
-    several rows it is on, also within a block that runs without it.
-
-    For several rows oneDNN makes code for each new number of them, and keeps it for good. So they go in blocks, the last
-    of them filled up with rows of zeros to one of a few numbers.
+    speed of ATen's own kernel, with the same rounding (sums in fp32): so oneDNN is off during this one product.
     """
-    if weight.dtype not in _CODED or weight.device.type != "cpu":
-        return _linear(x, weight, bias)
-    rows = x.numel() // x.shape[-1]
-    if rows > 1:
-        blocks = [_padded(block, weight, bias) for block in x.reshape(rows, -1).split(AT_ONCE)]
-        return (torch.cat(blocks) if len(blocks) > 1 else blocks[0]).view(*x.shape[:-1], -1)
-    if rows == 0 or weight.dtype != torch.bfloat16:
-        return _linear(x, weight, bias)
+    one_row = x.numel() == x.shape[-1]
+    if not one_row or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+        return of_few_shapes(lambda x: F.linear(x, weight, bias), x)
     with onednn(False):
         return F.linear(x.reshape(1, -1), weight, bias).view(*x.shape[:-1], -1)
+
+
+def of_few_shapes(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """compute(x), where that gives a row for each row of x [..., K]: with oneDNN, also in a block that runs without it.
+
+    In 16 bits on a CPU oneDNN makes code for each new number of rows, and keeps it for good. So several rows go in blocks,
+    the last of them filled up with rows of zeros to one of a few numbers.
+    """
+    rows = x.numel() // x.shape[-1]
+    if rows < 2 or x.dtype not in _CODED or x.device.type != "cpu":
+        return _with_onednn(compute, x)
+    blocks = [_padded(compute, block) for block in x.reshape(rows, -1).split(AT_ONCE)]
+    return (torch.cat(blocks) if len(blocks) > 1 else blocks[0]).view(*x.shape[:-1], -1)
 
 
 def kernels_nbytes(shapes: int, rows: int, dtype: torch.dtype) -> int:
@@ -86,16 +90,16 @@ def kernels_nbytes(shapes: int, rows: int, dtype: torch.dtype) -> int:
     return len(numbers) * shapes * SHAPE
 
 
-def _padded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _padded(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     more = _few(len(x)) - len(x)
-    return _linear(F.pad(x, (0, 0, 0, more)) if more else x, weight, bias)[: len(x)]
+    return _with_onednn(compute, F.pad(x, (0, 0, 0, more)) if more else x)[: len(x)]
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _with_onednn(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if not _without:
-        return F.linear(x, weight, bias)
+        return compute(x)
     with onednn(True):
-        return F.linear(x, weight, bias)
+        return compute(x)
 
 
 def _few(rows: int) -> int:
