@@ -181,9 +181,10 @@ def peak_of_allocations(work) -> int:
 PROGRAM = r"""
 import re, sys, torch, llm_partial_run, llm_sepweight
 from transformers import AutoConfig, AutoModelForCausalLM
-path, more, rows, context, chunk, new, beams, lengths = sys.argv[1], *map(int, sys.argv[2:])
+path, attention, more, rows, context, chunk, new, beams, lengths = *sys.argv[1:3], *map(int, sys.argv[3:])
 with torch.device("meta"):
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).eval()
+    config = AutoConfig.from_pretrained(path, attn_implementation=attention or None)
+    model = AutoModelForCausalLM.from_config(config).eval()
 weights = llm_sepweight.open(path, layout=llm_partial_run.layout_from_module(model))
 budget = dict(rows=rows, context=context, tokens=rows * (chunk or context))
 try:
@@ -254,9 +255,16 @@ def test_the_process_stays_within_its_memory_when_many_layers_keep_little_each(t
     assert_stays_within_memory(config, tmp_path, 0, 512, 64, rows=4, new=5, beams=4)
 
 
-def test_the_process_stays_within_its_memory_when_attention_has_a_new_shape_with_each_of_many_tokens(tmp_path):
-    config = hf.BloomConfig(hidden_size=512, n_layer=6, n_head=8, vocab_size=4096)
-    assert_stays_within_memory(config, tmp_path, 0, 176, 16, rows=4, new=160)
+@pytest.mark.parametrize(
+    "config",
+    [
+        hf.BloomConfig(hidden_size=512, n_layer=6, n_head=8, vocab_size=4096),
+        hf.GPT2Config(n_embd=1024, n_layer=2, n_head=8, vocab_size=4096),
+    ],
+    ids=["bloom", "gpt2"],
+)
+def test_the_process_stays_within_its_memory_when_attention_has_a_new_shape_with_each_of_many_tokens(config, tmp_path):
+    assert_stays_within_memory(config, tmp_path, 0, 176, 16, rows=4, new=160, attention="eager")
 
 
 @pytest.mark.parametrize(
@@ -271,10 +279,10 @@ def test_the_process_stays_within_its_memory_when_many_prompts_each_have_another
     assert_stays_within_memory(config, tmp_path, 0, 128, 0, rows=1, new=2, lengths=40)
 
 
-def assert_stays_within_memory(config, path, more, context, chunk, rows=2, new=12, beams=1, lengths=1):
+def assert_stays_within_memory(config, path, more, context, chunk, rows=2, new=12, beams=1, lengths=1, attention=""):
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, path, *map(str, (more, rows, context, chunk, new, beams, lengths))],
+        [sys.executable, "-c", PROGRAM, path, attention, *map(str, (more, rows, context, chunk, new, beams, lengths))],
         capture_output=True,
         text=True,
         timeout=170,

@@ -324,14 +324,14 @@ def test_what_lies_beside_the_blocks_serves_other_threads_too(case):
 class Conv1D(nn.Module):
     """As GPT-2's, by whose name it is known: a slice of its matrix gives no outputs, so that it is bound as one."""
 
-    rows: ClassVar[set[int]] = set()  # how many it has met at once
+    met: ClassVar[set[tuple[int, bool]]] = set()  # numbers of rows, and whether oneDNN was on
 
     def __init__(self) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.empty(HIDDEN, HIDDEN)), nn.Parameter(torch.empty(HIDDEN))
 
     def forward(self, x: Tensor) -> Tensor:
-        Conv1D.rows.add(x.numel() // HIDDEN)
+        Conv1D.met.add((x.numel() // HIDDEN, torch.backends.mkldnn.enabled))
         return x @ self.weight + self.bias
 
 
@@ -366,10 +366,10 @@ def test_matrices_bound_as_one_while_they_are_called_meet_few_numbers_of_rows_in
     case = Case(case.path / "convolutions", case.store_of, Convolutions)
     budget = dict(context=128, dtype=torch.bfloat16)
     with case.offload(case.smallest(**budget) if memory == "smallest" else memory, **budget) as run, torch.no_grad():
-        Conv1D.rows.clear()
+        Conv1D.met.clear()
         for tokens in range(65, 129):
             assert run.module(torch.ones(1, tokens, dtype=torch.long)).shape == (1, tokens, VOCAB)
-    assert Conv1D.rows == {128}
+    assert Conv1D.met == {(128, True)}
     case.store.close()
 
 
@@ -903,6 +903,26 @@ def test_attention_for_one_token_a_row_goes_without_onednn_and_linears_of_severa
             run.module(torch.ones(*shape, HIDDEN, dtype=torch.bfloat16))
             assert set(Attending.noted) == {("attention", attention), ("linear", shape != (1, 1))}, shape
     assert torch.backends.mkldnn.enabled
+    own.store.close()
+
+
+class AttendingConvolutions(Attending):
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.up = Conv1D()
+
+
+@pytest.mark.parametrize("memory", ["smallest", "1GiB"])
+def test_attention_goes_without_onednn_and_matrices_bound_as_one_beside_it_with_it(case, memory):
+    own = Case(case.path / "of attention", case.store_of, AttendingConvolutions)
+    budget = dict(rows=3, dtype=torch.bfloat16)
+    with own.offload(own.smallest(**budget) if memory == "smallest" else memory, **budget) as run, torch.no_grad():
+        for rows in (1, 3):
+            Attending.noted.clear(), Conv1D.met.clear()
+            run.module(torch.ones(rows, 1, HIDDEN, dtype=torch.bfloat16))
+            assert {*Attending.noted} == {("attention", False)}
+            assert [onednn for _, onednn in Conv1D.met] == [True]
     own.store.close()
 
 

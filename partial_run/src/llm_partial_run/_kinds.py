@@ -258,11 +258,11 @@ def _multi_query(config: Any) -> bool:
 
 
 def attending(module: nn.Module, survey: Survey) -> frozenset[str]:
-    """The parts whose own code is little but attention: step by step, beside matrices that all are cut into slices."""
+    """The parts whose own code is little but attention: step by step, beside matrices whose modules are all known."""
     implementation = getattr(_text_config(module), "_attn_implementation", None)
-    in_one_piece = {part for part, _ in (*survey.called, *survey.whole)}
-    sliced = {part for part, _ in survey.sliced}
-    return frozenset(sliced - in_one_piece if implementation in (None, "eager") else ())
+    known = {part for part, _ in (*survey.sliced, *survey.called)}
+    others = {part for part, _ in survey.whole}
+    return frozenset(known - others if implementation in (None, "eager") else ())
 
 
 def _eager(config: Any) -> bool:
