@@ -61,7 +61,7 @@ def test_assisted_decoding_is_unchanged(checkpoint):
     assert torch.equal(by_draft, expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "falcon 40b", "gemma2", "gpt neox"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "falcon 40b", "gemma2", "gpt neox", "mixtral"])
 def test_bfloat16_is_no_farther_from_fp32_than_transformers_is(name, tmp_path):
     path = save(CONFIGS[name], tmp_path, torch.bfloat16)
     model, theirs = on_meta(path), resident(path)

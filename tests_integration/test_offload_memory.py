@@ -279,6 +279,14 @@ def test_the_process_stays_within_its_memory_when_many_prompts_each_have_another
     assert_stays_within_memory(config, tmp_path, 0, 128, 0, rows=1, new=2, lengths=40)
 
 
+def test_the_process_stays_within_its_memory_when_each_expert_gets_another_number_of_tokens(tmp_path):
+    config = hf.Qwen3MoeConfig(
+        hidden_size=384, moe_intermediate_size=256, num_experts=32, num_experts_per_tok=4, num_hidden_layers=4,
+        num_attention_heads=6, num_key_value_heads=2, vocab_size=4096,
+    )  # fmt: skip
+    assert_stays_within_memory(config, tmp_path, 0, 1538, 512, rows=1, new=2)
+
+
 def assert_stays_within_memory(config, path, more, context, chunk, rows=2, new=12, beams=1, lengths=1, attention=""):
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
     done = subprocess.run(

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_partial_run import BudgetError, _block_weights, _kinds, _units, layout_from_module, offload
+from llm_partial_run._whole import Whole
 
 VOCAB, HIDDEN, LAYERS = 96, 32, 12
 
@@ -331,7 +332,7 @@ class Conv1D(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.empty(HIDDEN, HIDDEN)), nn.Parameter(torch.empty(HIDDEN))
 
     def forward(self, x: Tensor) -> Tensor:
-        Conv1D.met.add((x.numel() // HIDDEN, torch.backends.mkldnn.enabled))
+        Conv1D.met.add((x.numel() // HIDDEN, bool(torch.backends.mkldnn.enabled)))
         return x @ self.weight + self.bias
 
 
@@ -370,6 +371,32 @@ def test_matrices_bound_as_one_while_they_are_called_meet_few_numbers_of_rows_in
         for tokens in range(65, 129):
             assert run.module(torch.ones(1, tokens, dtype=torch.long)).shape == (1, tokens, VOCAB)
     assert Conv1D.met == {(128, True)}
+    case.store.close()
+
+
+class Stacks(Model):
+    """Its blocks note of what kind their experts are."""
+
+    kinds: ClassVar[set[type]] = set()
+
+    class Block(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            Stacks.kinds.add(type(self.experts))
+            return super().forward(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Stacks.Block() for _ in self.blocks)
+
+
+@pytest.mark.parametrize("memory", ["smallest", "1GiB"])
+def test_a_tensor_in_one_piece_sees_to_the_number_of_rows_itself_in_16_bits(case, memory):
+    case = Case(case.path / "stacks", case.store_of, Stacks)
+    budget = dict(dtype=torch.bfloat16)
+    with case.offload(case.smallest(**budget) if memory == "smallest" else memory, **budget) as run, torch.no_grad():
+        Stacks.kinds.clear()
+        run.module(IDS)
+    assert Stacks.kinds == {Whole}
     case.store.close()
 
 
@@ -919,7 +946,8 @@ def test_attention_goes_without_onednn_and_matrices_bound_as_one_beside_it_with_
     budget = dict(rows=3, dtype=torch.bfloat16)
     with own.offload(own.smallest(**budget) if memory == "smallest" else memory, **budget) as run, torch.no_grad():
         for rows in (1, 3):
-            Attending.noted.clear(), Conv1D.met.clear()
+            Attending.noted.clear()
+            Conv1D.met.clear()
             run.module(torch.ones(rows, 1, HIDDEN, dtype=torch.bfloat16))
             assert {*Attending.noted} == {("attention", False)}
             assert [onednn for _, onednn in Conv1D.met] == [True]

@@ -22,6 +22,7 @@ from ._products import of_few_shapes, product
 from ._stores import page_aligned
 from ._units import Unit
 from ._weights import Compute, Progress, Weights, bound
+from ._whole import whole
 
 PAGE = mmap.PAGESIZE
 
@@ -216,7 +217,7 @@ class BlockWeights(Weights):
                 if unit.start == 0:
                     target = memory[: rows.dtype.itemsize * math.prod(stored)].view(rows.dtype).view(stored)
                 target[unit.start : unit.stop].copy_(rows)
-        return target.view(self._survey.whole.get(tensor) or stored)
+        return whole(target.view(self._survey.whole[tensor])) if tensor in self._survey.whole else target
 
     @contextmanager
     def _slice_of(self, unit: Unit) -> Iterator[Tensor]:

@@ -1,0 +1,78 @@
+"""Tensors in one piece: products with them come in few shapes, and give the numbers that they give without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llm_partial_run._whole import Whole, whole
+
+EXPERTS, INPUTS, OUTPUTS = 4, 16, 24
+BOUNDS = [5, 5, 43, 44]  # where the rows of each expert end
+
+
+def one_by_one(multiply: Any, x: Tensor, stack: Tensor) -> Tensor:
+    starts = [0, *BOUNDS]
+    return torch.cat([multiply(x[starts[i] : starts[i + 1]], stack[i]) for i in (0, 2, 3)])
+
+
+def stored_the_other_way_round(stack: Tensor) -> Tensor:
+    return stack.as_subclass(Tensor).mT.contiguous().as_subclass(type(stack))  # [experts, inputs, outputs]
+
+
+WAYS: dict[str, Any] = {
+    "linear": lambda x, stack: one_by_one(F.linear, x, stack),
+    "with dimensions": lambda x, stack: one_by_one(lambda x, w: F.linear(x[None, :, None], w)[0, :, 0], x, stack),
+    "matmul": lambda x, stack: one_by_one(lambda x, w: x @ w.T, x, stack),
+    "mm": lambda x, stack: one_by_one(lambda x, w: torch.mm(x, w.t()), x, stack),
+    "halves": lambda x, stack: one_by_one(
+        lambda x, w: torch.cat([F.linear(x, half) for half in w.chunk(2)], dim=-1), x, stack
+    ),
+    "stored the other way round": lambda x, stack: one_by_one(torch.matmul, x, stored_the_other_way_round(stack)),
+}
+if grouped := getattr(torch, "_grouped_mm", None):
+    ends = torch.tensor(BOUNDS, dtype=torch.int32)
+    WAYS["grouped"] = lambda x, stack: grouped(x, stack.transpose(-2, -1), offs=ends)
+
+
+class RowsMultiplied(TorchDispatchMode):
+    """Notes how many rows each product has, as torch computes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.met.add(args[-2].shape[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_products_come_in_few_shapes_and_give_the_same_numbers(way: str):
+    torch.manual_seed(0)
+    x, stack = torch.randn(44, INPUTS).bfloat16(), torch.randn(EXPERTS, OUTPUTS, INPUTS).bfloat16()
+    exact, theirs = (WAYS["linear"](*both) for both in ((x.double(), stack.double()), (x, stack)))
+    with RowsMultiplied() as rows:
+        ours = WAYS[way](x, whole(stack))
+    assert rows.met == {8, 64, 1}  # of 5, 38 and 1
+    assert type(ours) is Tensor
+    assert (ours - exact).abs().mean() <= 1.01 * (theirs - exact).abs().mean()
+
+
+def test_only_what_lies_in_its_memory_is_one_as_well():
+    stack = whole(torch.ones(EXPERTS, OUTPUTS, INPUTS, dtype=torch.bfloat16))
+    views = [stack[1], stack[torch.tensor(1)], stack.mT, *stack.unbind(), *stack.chunk(2), stack.view(-1, INPUTS)]
+    assert {type(view) for view in views} == {Whole}
+    others = [stack[torch.tensor([1, 2])], stack + 1, torch.ones(INPUTS) * stack[0, 0], stack.sum(), stack.float()]
+    assert {type(other) for other in others} == {Tensor}
+
+
+def test_a_tensor_that_onednn_keeps_no_code_for_stays_what_it_is():
+    tensor = torch.ones(EXPERTS, OUTPUTS, INPUTS)
+    assert whole(tensor) is tensor
