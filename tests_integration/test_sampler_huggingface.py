@@ -58,6 +58,9 @@ CONFIGS = {
         attention_types=[[["global", "local"], 1]], **V,
     ),
 }  # fmt: skip
+WITHOUT_CACHE = {
+    "gpt, no past_key_values": transformers.OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=4, n_positions=128, **V),
+}  # fmt: skip
 
 
 def built(config: Any) -> Any:
@@ -70,12 +73,17 @@ def built(config: Any) -> Any:
 
 
 def _attention(config: Any) -> str:
-    return "eager" if config.model_type in ("bloom", "gpt_neo", "gptj", "mpt") else "sdpa"
+    return "eager" if config.model_type in ("bloom", "cpmant", "gpt_neo", "gptj", "mpt", "openai-gpt") else "sdpa"
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=[*CONFIGS, *WITHOUT_CACHE])
 def model(request: pytest.FixtureRequest) -> Any:
-    return built(CONFIGS[request.param])
+    return built({**CONFIGS, **WITHOUT_CACHE}[request.param])
+
+
+@pytest.fixture
+def forward(model: Any) -> HuggingFaceForward:
+    return llm_sampler.from_huggingface(model, cache=model.config not in WITHOUT_CACHE.values())
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +108,9 @@ def ids(length: int, seed: int = 0) -> list[int]:
     return torch.randint(96, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def test_rows_that_grow_shrink_change_places_and_fan_out_have_the_models_own_logits(model: Any) -> None:
-    forward = llm_sampler.from_huggingface(model)
+def test_rows_that_grow_shrink_change_places_and_fan_out_have_the_models_own_logits(
+    forward: HuggingFaceForward,
+) -> None:
     a, b, c = ids(11, 1), ids(4, 2), ids(40, 3)
     check(forward, [a])
     check(forward, [[*a, 5], [*a, 6, 7], [*a, 8]], n=2)  # fan out
@@ -115,9 +124,9 @@ def test_rows_that_grow_shrink_change_places_and_fan_out_have_the_models_own_log
     check(forward, [b[:1]])
 
 
-def test_batched_greedy_text_equals_generate(model: Any) -> None:
+def test_batched_greedy_text_equals_generate(model: Any, forward: HuggingFaceForward) -> None:
     prompts = [ids(9, 4), ids(3, 5), ids(20, 6)]
-    rows = llm_sampler.generate(llm_sampler.from_huggingface(model), prompts, max_new_tokens=[12, 20, 5], temperature=0)
+    rows = llm_sampler.generate(forward, prompts, max_new_tokens=[12, 20, 5], temperature=0)
     for prompt, row in zip(prompts, rows, strict=True):
         own = torch.tensor([prompt])
         out = model.generate(
@@ -349,6 +358,29 @@ def test_a_recurrent_model_is_refused_until_it_is_asked_for_without_cache() -> N
     row = ids(7)
     logits = llm_sampler.from_huggingface(model, cache=False)(torch.tensor([row]))
     torch.testing.assert_close(logits, model(torch.tensor([row])).logits)
+
+
+def test_a_model_that_takes_no_keys_and_values_is_refused_until_it_is_asked_for_without_cache() -> None:
+    model = built(WITHOUT_CACHE["gpt, no past_key_values"])  # its **kwargs would swallow them
+    with pytest.raises(ValueError, match="OpenAIGPTLMHeadModel takes no past_key_values: give cache=False"):
+        llm_sampler.from_huggingface(model)
+
+
+def test_a_model_that_sees_later_tokens_is_refused_until_it_is_asked_for_without_cache() -> None:
+    options: dict[str, Any] = dict(intermediate_size=48, max_position_embeddings=128, **D)
+    model = built(transformers.BertConfig(**options))
+    with pytest.raises(ValueError, match="BertLMHeadModel sees later tokens too: load it with is_decoder=True, or .*"):
+        llm_sampler.from_huggingface(model)
+    check(llm_sampler.from_huggingface(model, cache=False), [ids(7), ids(4, 1)])
+    decoder = llm_sampler.from_huggingface(built(transformers.BertConfig(is_decoder=True, **options)))
+    check(decoder, [ids(7), ids(4, 1)])
+    check(decoder, [[*ids(7), 5], [*ids(4, 1), 6]])
+
+
+def test_a_model_that_keeps_other_keys_than_those_of_its_tokens_is_found_out() -> None:
+    model = built(transformers.CpmAntConfig(dim_head=8, dim_ff=48, **D))  # has 32 of its own before the first token
+    with pytest.raises(ValueError, match="CpmAntForCausalLM kept keys and values of 39 tokens, not of 7: give cache=F"):
+        llm_sampler.from_huggingface(model)(torch.tensor([ids(7)]))
 
 
 def test_an_encoder_decoder_and_a_name_are_refused() -> None:

@@ -32,7 +32,8 @@ def from_huggingface(
 
     Args:
         model: such as `AutoModelForCausalLM.from_pretrained(...)`, in eval mode; where it lies, the ids are taken.
-        cache: False computes all tokens each time; for models whose state cannot be wound back (Mamba and hybrids).
+        cache: False computes all tokens each time; for models whose state cannot be wound back (Mamba and hybrids), or
+            that take no keys and values.
         keep: of how many batches keys and values are kept; more for several loops that take turns.
         max_length: the longest row; by default what the model was made for.
 
@@ -69,10 +70,9 @@ class HuggingFaceForward:
                     f"what those were: give at most {original}"
                 )
             self.max_length = original if max_length is None else max_length
-        self._kept = Kept(_cache_class(model), keep) if cache else None
+        self._takes = set(inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters)
+        self._kept = Kept(_cache_class(model, self._takes), keep) if cache else None
         self._lock = threading.RLock()  # one call at a time: it takes blocks that others have
-        takes = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
-        self._takes = {name for name in ("position_ids", "logits_to_keep", "use_cache") if name in takes}
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """Logits [B, T, V] of every position of ids [B, T]."""
@@ -155,6 +155,11 @@ class HuggingFaceForward:
         if logits is None:
             raise ValueError(f"{type(self.model).__name__} returns no logits; load it with AutoModelForCausalLM")
         logits = logits[:, -n:]
+        if cache is not None and cache.get_seq_length() != width:
+            raise ValueError(
+                f"{type(self.model).__name__} kept keys and values of {cache.get_seq_length()} tokens, not of {width}: "
+                "give cache=False, which computes all tokens each time"
+            )
         if self._kept is not None and not bool(
             logits.amax(-1).isnan().any()
         ):  # NaN would reach who takes these keys next
@@ -191,13 +196,19 @@ class HuggingFaceForward:
                 )
 
 
-def _cache_class(model: Any) -> type:
-    """transformers.DynamicCache, from the transformers that the model came with."""
+def _cache_class(model: Any, takes: set[str]) -> type:
+    """transformers.DynamicCache, from the transformers that the model came with; ValueError for who has no use of it."""
+    reason = ""
     if kinds := _other_layers(model):
-        raise ValueError(
-            f"{type(model).__name__} keeps a state that cannot be wound back to an earlier token "
-            f"({kinds}): give cache=False, which computes all tokens each time"
-        )
+        reason = f"keeps a state that cannot be wound back to an earlier token ({kinds}): "
+    elif "past_key_values" not in takes:
+        reason = "takes no past_key_values: "
+    elif getattr(_text_config(model), "is_decoder", None) is False and any(
+        getattr(part, "is_decoder", None) is False for part in model.modules()
+    ):
+        reason = "sees later tokens too: load it with is_decoder=True, or "
+    if reason:
+        raise ValueError(f"{type(model).__name__} {reason}give cache=False, which computes all tokens each time")
     modules = (sys.modules.get(base.__module__.partition(".")[0]) for base in type(model).__mro__)
     found = next((module.DynamicCache for module in modules if hasattr(module, "DynamicCache")), None)  # type: ignore[union-attr]
     if found is None or not hasattr(found(), "layers"):
