@@ -60,7 +60,12 @@ CONFIGS = {
 }  # fmt: skip
 WITHOUT_CACHE = {
     "gpt, no past_key_values": transformers.OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=4, n_positions=128, **V),
+    "rwkv, recurrent": transformers.RwkvConfig(hidden_size=32, num_hidden_layers=2, context_length=128, **V),
+    "recurrent gemma, recurrent and windowed": transformers.RecurrentGemmaConfig(
+        **{**L, "num_hidden_layers": 3, "num_key_value_heads": 1}, lru_width=32, head_dim=8, attention_window_size=64
+    ),
 }  # fmt: skip
+EAGER = ("bloom", "cpmant", "gpt_neo", "gptj", "mpt", "openai-gpt", "rwkv")
 
 
 def built(config: Any) -> Any:
@@ -73,7 +78,7 @@ def built(config: Any) -> Any:
 
 
 def _attention(config: Any) -> str:
-    return "eager" if config.model_type in ("bloom", "cpmant", "gpt_neo", "gptj", "mpt", "openai-gpt") else "sdpa"
+    return "eager" if config.model_type in EAGER else "sdpa"
 
 
 @pytest.fixture(scope="module", params=[*CONFIGS, *WITHOUT_CACHE])
@@ -148,8 +153,8 @@ class Counted:
         self.logits = 0
         self.hook = model.register_forward_hook(self.count, with_kwargs=True)
 
-    def count(self, _module: Any, _args: tuple, options: dict, output: Any) -> None:
-        self.tokens += options["input_ids"].numel()
+    def count(self, _module: Any, args: tuple, options: dict, output: Any) -> None:
+        self.tokens += (args[0] if args else options["input_ids"]).numel()
         self.logits += output.logits.shape[:2].numel()
 
     def since(self) -> tuple[int, int]:
@@ -381,6 +386,14 @@ def test_a_model_that_keeps_other_keys_than_those_of_its_tokens_is_found_out() -
     model = built(transformers.CpmAntConfig(dim_head=8, dim_ff=48, **D))  # has 32 of its own before the first token
     with pytest.raises(ValueError, match="CpmAntForCausalLM kept keys and values of 39 tokens, not of 7: give cache=F"):
         llm_sampler.from_huggingface(model)(torch.tensor([ids(7)]))
+
+
+def test_without_a_cache_logits_are_computed_only_where_a_row_ends() -> None:
+    model = built(WITHOUT_CACHE["recurrent gemma, recurrent and windowed"])
+    counter = Counted(model)
+    check(llm_sampler.from_huggingface(model, cache=False), [ids(30, 1), ids(9, 2), ids(9, 3)], n=2)
+    assert counter.since() == (90 + 30 + 9 + 9, 3 * 4 + 30 + 9 + 9)  # two ends, and what check computes
+    counter.hook.remove()
 
 
 def test_an_encoder_decoder_and_a_name_are_refused() -> None:

@@ -71,6 +71,7 @@ class HuggingFaceForward:
                 )
             self.max_length = original if max_length is None else max_length
         self._takes = set(inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters)
+        self._recurrent = bool(_other_layers(model))
         self._kept = Kept(_cache_class(model, self._takes), keep) if cache else None
         self._lock = threading.RLock()  # one call at a time: it takes blocks that others have
 
@@ -87,6 +88,8 @@ class HuggingFaceForward:
         rows = [row[:length] for row, length in zip(input_ids.tolist(), lengths.tolist(), strict=True)]
         self._check(rows, n)
         with self._lock:
+            if self._recurrent:
+                return self._padded_behind(rows, n)
             if self._kept is not None:
                 heads = self._kept.shared_beginnings(rows)
                 if heads:
@@ -124,13 +127,25 @@ class HuggingFaceForward:
             if self._kept is not None:
                 self._kept.clear()
 
+    def _padded_behind(self, rows: list[list[int]], n: int) -> Tensor:
+        """As `last_logits`, all anew, for a model whose state padding in front would go through."""
+        width = max(map(len, rows))
+        ids = [row + [0] * (width - len(row)) for row in rows]
+        places = torch.tensor([range(len(row) - n, len(row)) for row in rows])  # (B, n)
+        options: dict[str, Any] = {"use_cache": False} if "use_cache" in self._takes else {}
+        if "logits_to_keep" in self._takes:
+            ends, places = places.unique(return_inverse=True)
+            options["logits_to_keep"] = n if all(len(row) == width for row in rows) else ends.to(self._device())
+        logits = self._computed(ids, options)
+        return logits[torch.arange(len(rows)).unsqueeze(1), places]
+
     def _pass(self, rows: list[list[int]], n: int, parents: list[list[int]] | None = None) -> Tensor:
         found = [self._kept.longest(row) if self._kept is not None else (0, None, 0) for row in rows]
         new = max(len(row) - min(length, len(row) - n) for row, (length, *_) in zip(rows, found, strict=True))
         known = [max(0, len(row) - new) for row in rows]
         before, width = max(known), max(map(len, rows))
-        device = self.model.device if self.model.device.type != "meta" else torch.device("cpu")
-        ids = torch.tensor([[0] * (new - len(row)) + row[-new:] for row in rows], device=device)
+        ids = [[0] * (new - len(row)) + row[-new:] for row in rows]
+        device = self._device()
         options: dict[str, Any] = {}
         if any(len(row) < width for row in rows):
             pads = torch.tensor([[width - len(row)] for row in rows], device=device)  # (B, 1)
@@ -151,10 +166,7 @@ class HuggingFaceForward:
         elif "use_cache" in self._takes:
             options["use_cache"] = False
 
-        logits = getattr(self.model(input_ids=ids, **options), "logits", None)
-        if logits is None:
-            raise ValueError(f"{type(self.model).__name__} returns no logits; load it with AutoModelForCausalLM")
-        logits = logits[:, -n:]
+        logits = self._computed(ids, options)[:, -n:]
         if cache is not None and cache.get_seq_length() != width:
             raise ValueError(
                 f"{type(self.model).__name__} kept keys and values of {cache.get_seq_length()} tokens, not of {width}: "
@@ -169,6 +181,15 @@ class HuggingFaceForward:
             if width:
                 self._kept.remember(Block(cache, rows, width))
         return logits
+
+    def _computed(self, ids: list[list[int]], options: dict[str, Any]) -> Tensor:
+        logits = getattr(self.model(input_ids=torch.tensor(ids, device=self._device()), **options), "logits", None)
+        if logits is None:
+            raise ValueError(f"{type(self.model).__name__} returns no logits; load it with AutoModelForCausalLM")
+        return logits
+
+    def _device(self) -> torch.device:
+        return self.model.device if self.model.device.type != "meta" else torch.device("cpu")
 
     def _check_window(self, length: int) -> None:
         config = _text_config(self.model)
