@@ -72,6 +72,11 @@ class HuggingFaceForward:
             self.max_length = original if max_length is None else max_length
         self._takes = set(inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters)
         self._recurrent = bool(_other_layers(model))
+        self._own_positions = (  # padding in front would move them
+            "attention_mask" not in self._takes
+            or _counts_ids(model)
+            or ("position_ids" not in self._takes and getattr(config, "model_type", None) not in _FROM_MASK)
+        )
         self._kept = Kept(_cache_class(model, self._takes), keep) if cache else None
         self._lock = threading.RLock()  # one call at a time: it takes blocks that others have
 
@@ -90,11 +95,12 @@ class HuggingFaceForward:
         with self._lock:
             if self._recurrent:
                 return self._padded_behind(rows, n)
+            parts = len(set(map(len, rows))) if self._own_positions else 1
             if self._kept is not None:
                 heads = self._kept.shared_beginnings(rows)
                 if heads:
-                    self._pass(heads, 1)
-            return self._pass(rows, n)
+                    self._passes(heads, 1, parts)
+            return self._passes(rows, n, parts)
 
     @torch.no_grad()
     def tree_logits(self, input_ids: Tensor, parents: Tensor) -> Tensor:
@@ -112,9 +118,14 @@ class HuggingFaceForward:
     def check_trees(self) -> None:
         """ValueError for a model that cannot see drafts that branch, however short its rows are."""
         name = type(self.model).__name__
-        if "position_ids" not in self._takes or getattr(_text_config(self.model), "alibi", False):
+        if (
+            self._own_positions
+            or "position_ids" not in self._takes
+            or getattr(_text_config(self.model), "alibi", False)
+        ):
             raise ValueError(
-                f"{name} takes no position_ids, so it cannot see drafts that branch: draft without branches"
+                f"{name} takes no position_ids that count from 0, so it cannot see drafts that branch: draft without "
+                "branches"
             )
         if kinds := _other_layers(self.model):
             raise ValueError(
@@ -139,7 +150,16 @@ class HuggingFaceForward:
         logits = self._computed(ids, options)
         return logits[torch.arange(len(rows)).unsqueeze(1), places]
 
-    def _pass(self, rows: list[list[int]], n: int, parents: list[list[int]] | None = None) -> Tensor:
+    def _passes(self, rows: list[list[int]], n: int, parts: int) -> Tensor:
+        """As `last_logits`; by themselves the rows of each length, where the model cannot be told of padding."""
+        lengths = sorted(set(map(len, rows)))
+        if not self._own_positions or len(lengths) == 1:
+            return self._pass(rows, n, parts=parts)
+        order = [i for length in lengths for i, row in enumerate(rows) if len(row) == length]
+        logits = torch.cat([self._pass([row for row in rows if len(row) == own], n, parts=parts) for own in lengths])
+        return logits[torch.tensor(order).argsort()]
+
+    def _pass(self, rows: list[list[int]], n: int, parents: list[list[int]] | None = None, *, parts: int = 1) -> Tensor:
         found = [self._kept.longest(row) if self._kept is not None else (0, None, 0) for row in rows]
         new = max(len(row) - min(length, len(row) - n) for row, (length, *_) in zip(rows, found, strict=True))
         known = [max(0, len(row) - new) for row in rows]
@@ -167,7 +187,7 @@ class HuggingFaceForward:
             options["use_cache"] = False
 
         logits = self._computed(ids, options)[:, -n:]
-        if cache is not None and cache.get_seq_length() != width:
+        if self._kept is not None and cache.get_seq_length() != width:
             raise ValueError(
                 f"{type(self.model).__name__} kept keys and values of {cache.get_seq_length()} tokens, not of {width}: "
                 "give cache=False, which computes all tokens each time"
@@ -179,7 +199,7 @@ class HuggingFaceForward:
                 cache.crop(-n)
                 rows, width = [row[:-n] for row in rows], width - n
             if width:
-                self._kept.remember(Block(cache, rows, width))
+                self._kept.remember(Block(cache, rows, width), parts)
         return logits
 
     def _computed(self, ids: list[list[int]], options: dict[str, Any]) -> Tensor:
@@ -224,6 +244,8 @@ def _cache_class(model: Any, takes: set[str]) -> type:
         reason = f"keeps a state that cannot be wound back to an earlier token ({kinds}): "
     elif "past_key_values" not in takes:
         reason = "takes no past_key_values: "
+    elif _counts_ids(model):
+        reason = "counts positions from the ids: "
     elif getattr(_text_config(model), "is_decoder", None) is False and any(
         getattr(part, "is_decoder", None) is False for part in model.modules()
     ):
@@ -250,5 +272,12 @@ def _other_layers(model: Any) -> str:
     return ", ".join(sorted(kinds)) or ("recurrent" if getattr(model, "_is_stateful", False) else "")
 
 
+def _counts_ids(model: Any) -> bool:
+    """Whether it finds its positions in the ids, among which an id of padding takes none (RoBERTa)."""
+    name = "create_position_ids_from_input_ids"
+    return any(hasattr(part, name) or hasattr(sys.modules.get(type(part).__module__), name) for part in model.modules())
+
+
+_FROM_MASK = ("bloom", "mpt")  # kinds of models that take no position_ids and find their positions in the mask
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # names of a bound on who sees whom

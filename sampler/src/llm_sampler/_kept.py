@@ -101,8 +101,9 @@ class Kept:
                 cache.update(keys, values, layer)
         return cache
 
-    def remember(self, block: Block) -> None:
-        self._blocks = [*self._blocks, block][-self._keep :]
+    def remember(self, block: Block, parts: int = 1) -> None:
+        """Keep this block, one of `parts` that its batch is in, and of the others as many as `keep` such batches."""
+        self._blocks = [*self._blocks, block][-self._keep * parts :]
         self._index = sorted(
             ((row, block, place) for block in self._blocks for place, row in enumerate(block.rows)),
             key=lambda entry: entry[0],
