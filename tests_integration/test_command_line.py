@@ -253,7 +253,11 @@ def test_a_prompt_beyond_the_vocabulary_is_refused_before_anything_is_loaded(mod
 def test_an_interrupt_ends_the_command_at_once_and_without_a_traceback():
     line = [sys.executable, "-u", "-m", "llm_partial_run.cli", "generate", str(MODEL), "--prompt", PROMPT]
     line += ["--memory", "1GiB", "--max-new-tokens", "20000", "--temperature", "100", "--seed", "1"]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in the background
+    try:
+        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert process.stdout is not None
     process.stdout.read(1)  # it has begun
     time.sleep(0.1)

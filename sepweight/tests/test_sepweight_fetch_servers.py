@@ -301,6 +301,15 @@ def ask_for_all(server, trick: Trick, destination: Path, layout, error: type[Bas
     go_on.set()
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C raises, also where a shell has it ignored, as for what it runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("hangs", [wants_weights, lambda request: "Range" in request.headers])
 def test_a_fetch_that_is_interrupted_waits_for_no_server(source, serve, layout, tmp_path, hangs):
     asked, main = itertools.count(1), threading.get_ident()
