@@ -49,6 +49,14 @@ def test_every_budget_from_the_smallest_to_everything_gives_the_same_bits(routed
         torch.testing.assert_close(logits[0], routed_toy.resident_logits(prompt)[-1], atol=2e-5, rtol=0)
 
 
+def test_a_prefill_reads_each_expert_at_most_once(routed_toy):
+    with PartialRun(routed_toy.parts(), routed_toy.store, memory=smallest(routed_toy), **BUDGET) as run:
+        run.forward.last_logits(torch.arange(48).view(2, 24), torch.full((2,), 24))
+        everything = sum(unit.nbytes for unit in run._model.experts)
+        assert run.stats.passes == 1
+        assert everything / 2 < run._weights.expert_bytes_read <= everything
+
+
 def test_a_decode_reads_no_expert_that_nobody_is_sent_to(routed_toy):
     memory = smallest(routed_toy) + (250 << 10)  # and the caches
     with PartialRun(routed_toy.parts(), routed_toy.store, memory=memory, **BUDGET) as run:
