@@ -259,10 +259,14 @@ def _multi_query(config: Any) -> bool:
 
 def attending(module: nn.Module, survey: Survey) -> frozenset[str]:
     """The parts whose own code is little but attention: step by step, beside matrices whose modules are all known."""
-    implementation = getattr(_text_config(module), "_attn_implementation", None)
     known = {part for part, _ in (*survey.sliced, *survey.called)}
     others = {part for part, _ in survey.whole}
-    return frozenset(known - others if implementation in (None, "eager") else ())
+    return frozenset(known - others if attends_itself(module) else ())
+
+
+def attends_itself(module: nn.Module) -> bool:
+    """Whether its attention is, or may be, its own products, and not torch's attention."""
+    return getattr(_text_config(module), "_attn_implementation", None) in (None, "eager")
 
 
 def _eager(config: Any) -> bool:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ._absent import Absent
+from ._attention import InFp32
 from ._block_weights import BlockWeights, refuse_gradients, replaced_forward
 from ._blocks import find_blocks, parts_of, places
 from ._budget import DEFAULT_SHARE, MARGIN, SLACK, beside_weights
 from ._buffers import computed_buffers
 from ._checks import check_labels
-from ._kinds import Survey, attending, cache_nbytes, copied_nbytes, largest_kept_nbytes, survey_blocks
+from ._kinds import Survey, attending, attends_itself, cache_nbytes, copied_nbytes, largest_kept_nbytes, survey_blocks
 from ._memory import available, give_freed_memory_back, measured_runtime, parse_bytes
 from ._plan import Plan, decide
 from ._products import without_onednn
@@ -126,6 +127,7 @@ class Offload:
         store = Tied(as_store(weights, {part: parts[part] for part in used}), module, named)
         survey = survey_blocks(module, found, store, dtype=dtype, context=context, whole_blocks=whole_blocks)
         self._model, self._attending = survey.model, attending(module, survey)
+        self._attends_itself = attends_itself(module)
         computed = computed_buffers(module, buffers)
         self.plan = self._decide(store, survey, memory, rows, context, tokens, cache, device_memory, runtime)
         if self.plan.memory - self.plan.used < self.plan.caches:  # no room for the holes that keys and values leave
@@ -302,17 +304,18 @@ class Offload:
 
     @contextmanager
     def _kernels(self, part: str, tensors: list[Tensor]) -> Iterator[None]:
-        """Without oneDNN where a block attends by itself for one token of each row, in bf16 on a CPU.
+        """Without oneDNN's products for attention where a block attends by itself, in 16 bits on a CPU.
 
-        oneDNN keeps about 0.7 MiB for each shape of a product, for ever, and attention has a new one with each token.
-        ATen's kernels keep nothing; for a single query they take less time than reading the weights.
+        oneDNN keeps about 0.7 MiB for each shape of a product, for ever, and attention has a new one with each token. ATen's
+        kernels for bf16 keep nothing; for a single query they take less time than reading the weights, for more they are
+        100 times slower than those for fp32.
         """
         x = tensors[0] if tensors else torch.empty(0)  # [rows, tokens, width]
-        one_token = x.dim() > 2 and x.shape[-2] == 1 and x.dtype == torch.bfloat16 and x.device.type == "cpu"
-        if not one_token or part not in self._attending:
+        if not self._attends_itself or x.dtype not in (torch.bfloat16, torch.float16) or x.device.type != "cpu":
             yield
             return
-        with without_onednn():
+        one_token = x.dim() > 2 and x.shape[-2] == 1 and x.dtype == torch.bfloat16
+        with without_onednn() if one_token and part in self._attending else InFp32():
             yield
 
     def _check(self, i: int, tensors: list[Tensor]) -> None:
