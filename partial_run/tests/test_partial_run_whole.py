@@ -76,3 +76,19 @@ def test_only_what_lies_in_its_memory_is_one_as_well():
 def test_a_tensor_that_onednn_keeps_no_code_for_stays_what_it_is():
     tensor = torch.ones(EXPERTS, OUTPUTS, INPUTS)
     assert whole(tensor) is tensor
+
+
+@pytest.mark.parametrize("multiply", [torch.bmm, torch.matmul, lambda x, stack: x @ stack])
+def test_all_experts_at_once_come_in_few_shapes_too(multiply: Any):
+    torch.manual_seed(0)
+    x, stack = torch.randn(EXPERTS, 11, INPUTS).bfloat16(), torch.randn(EXPERTS, INPUTS, OUTPUTS).bfloat16()
+    with RowsMultiplied() as seen:
+        ours = multiply(x, whole(stack))
+    assert seen.met == {16}
+    torch.testing.assert_close(ours, torch.bmm(x, stack), atol=4e-2, rtol=1e-2)
+
+
+def test_it_goes_where_any_tensor_goes():
+    stack, vectors = torch.randn(EXPERTS, 4, 8).bfloat16(), torch.randn(3, 8).bfloat16()
+    assert torch.equal(torch.vmap(lambda v: whole(stack) + v)(vectors), torch.vmap(lambda v: stack + v)(vectors))
+    assert torch.equal(whole(stack[0]).to_sparse().to_dense(), stack[0])

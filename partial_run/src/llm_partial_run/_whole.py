@@ -12,6 +12,7 @@ from ._products import of_few_shapes, product
 
 _T: Any = Tensor
 TIMES = {torch.matmul, torch.mm, _T.matmul, _T.mm, _T.__matmul__}  # x @ weight
+BATCHED = TIMES | {torch.bmm, _T.bmm}  # x [E, rows, K] with weight [E, K, N]
 GROUPED = {"_grouped_mm", "grouped_mm_fallback"}  # torch's own, and where it has none for a dtype, that of transformers
 
 
@@ -35,9 +36,16 @@ class Whole(torch.Tensor):
                 return _times(*args, **kwargs)
             if func in TIMES and _is_matrix(args[1:]) and not kwargs:
                 return _times(args[0], args[1].T)
-            if getattr(func, "__name__", "") in GROUPED and args[0].dim() == 2 and args[1].dim() == 3:
+            if func in BATCHED and len(args) == 2 and not kwargs and _is_stack(*args):
+                return torch.stack([_times(x, weight.T) for x, weight in zip(*args, strict=True)])
+            if (
+                getattr(func, "__name__", "") in GROUPED
+                and len(args) == 2
+                and args[0].dim() == 2
+                and args[1].dim() == 3
+            ):
                 offs, others = kwargs.get("offs"), [kwargs.get(name) for name in ("bias", "out_dtype")]
-                if len(args) == 2 and offs is not None and others == [None, None]:
+                if offs is not None and others == [None, None]:
                     return _grouped(*args, offs)
             output = func(*args, **kwargs)
             places = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Whole)}
@@ -48,13 +56,21 @@ class Whole(torch.Tensor):
 
 def _view(output: Any, places: set[int]) -> Any:
     """What lies in the memory of a whole tensor is one again."""
-    if isinstance(output, Tensor) and output.untyped_storage().data_ptr() in places:
-        return output.as_subclass(Whole)
-    return output
+    try:
+        inside = isinstance(output, Tensor) and output.untyped_storage().data_ptr() in places
+    except NotImplementedError:  # sparse ones, and those of vmap, have no place
+        inside = False
+    return output.as_subclass(Whole) if inside else output
 
 
 def _is_matrix(args: Any) -> bool:
     return len(args) == 1 and isinstance(args[0], Whole) and args[0].dim() == 2
+
+
+def _is_stack(x: Any, weight: Any) -> bool:
+    return (
+        isinstance(weight, Whole) and weight.dim() == 3 and isinstance(x, Tensor) and x.shape[:-2] == weight.shape[:1]
+    )
 
 
 def _times(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
