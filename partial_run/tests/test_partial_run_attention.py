@@ -42,8 +42,21 @@ def test_batched_products_in_16_bits_are_those_of_fp32_rounded_once(dtype: torch
                                atol=2e-2, rtol=1e-2)  # fmt: skip
 
 
+def test_a_sum_that_is_written_out_is_one_too_and_an_output_that_is_given_is_written_to():
+    x = torch.randn(2, 3, 16).bfloat16()
+    with InFp32(), Products() as seen:
+        scores = torch.einsum("btd,bsd->bts", x, x)
+        out = torch.empty(2, 3, 3, dtype=torch.bfloat16)
+        assert torch.bmm(x, x.mT, out=out) is out
+    assert seen.dtypes[0] == torch.float32
+    assert scores.dtype == torch.bfloat16
+    torch.testing.assert_close(out, scores)
+
+
 def test_other_products_are_left_alone():
     x = torch.randn(2, 3, 16)
+    with InFp32(), pytest.raises(RuntimeError):
+        torch.bmm(x.bfloat16(), x.mT.half())
     with InFp32(), Products() as seen:
         assert (x.bfloat16() @ torch.ones(16, 4, dtype=torch.bfloat16)).shape == (2, 3, 4)  # a weight's
         assert (x.double() @ x.double().mT).dtype == torch.float64

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _T: Any = Tensor
-BATCHED = {torch.matmul, torch.bmm, torch.baddbmm, _T.matmul, _T.bmm, _T.baddbmm, _T.__matmul__}
+BATCHED = {torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, _T.matmul, _T.bmm, _T.baddbmm, _T.__matmul__}
 
 
 class InFp32(TorchFunctionMode):
@@ -22,7 +22,8 @@ class InFp32(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        if func not in BATCHED or not all(map(_matters, tensors)):
+        alike = len({x.dtype for x in tensors}) == 1 and "out" not in kwargs
+        if func not in BATCHED or not alike or not all(map(_matters, tensors)):
             return func(*args, **kwargs)
         wide = {name: _wide(x) for name, x in kwargs.items()}
         return func(*map(_wide, args), **wide).to(tensors[0].dtype)

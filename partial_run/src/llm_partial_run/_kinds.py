@@ -210,8 +210,8 @@ def copied_nbytes(module: nn.Module, rows: int, context: int, dtype: torch.dtype
     A cache grows by `cat`: the longer keys, or values, are there beside the shorter ones, and both where a window is cut out
     of them. Where several heads share a key, both are repeated for each head, as transformers does it wherever there is a
     mask and more than one token. Latent ones are expanded for each head, and put together. Where values are narrower than
-    keys, or all heads share one, torch takes both in fp32, and scales the keys. Models that compute attention themselves
-    may take the keys in fp32, as GPT-J does.
+    keys, or all heads share one, torch takes both in fp32, and scales the keys. Where models compute attention themselves,
+    their products take the keys, and then the values, in fp32.
     """
 
     def copied(config: Any) -> int:
@@ -221,8 +221,8 @@ def copied_nbytes(module: nn.Module, rows: int, context: int, dtype: torch.dtype
         repeated = heads * (key + value) if heads > key_heads else 0
         expanded = heads * (2 * key + value) if getattr(config, "kv_lora_rank", None) else 0
         by_torch = heads if key != value else key_heads * _multi_query(config)
-        by_model = key_heads * (_eager(config) and dtype != torch.float32)
-        in_fp32 = by_torch * (2 * key + value) + by_model * key
+        by_model = heads * (_eager(config) and dtype != torch.float32)  # repeated before they are widened
+        in_fp32 = by_torch * (2 * key + value) + by_model * max(key, value)
         return (grown + repeated + expanded) * dtype.itemsize + in_fp32 * 4
 
     return max(map(copied, _layers(module)), default=0) * rows * context
