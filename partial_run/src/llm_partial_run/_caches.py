@@ -166,7 +166,12 @@ def may_hold(spill: Any, nbytes: int, *, beside: Any) -> bool:
         return False
     if spill is None and (beside is None or os.stat(beside).st_dev != os.stat(directory).st_dev):
         return False
-    return os.access(directory, os.W_OK) and shutil.disk_usage(directory).free > 2 * nbytes
+    try:
+        file, direct = _unlinked(directory, PAGE)
+    except OSError:
+        return False
+    os.close(file)
+    return direct and shutil.disk_usage(directory).free > 2 * nbytes
 
 
 def check_directory(directory: Any, nbytes: int) -> None:

@@ -58,7 +58,8 @@ def check_labels(plan: Plan, model: Model, labels: object) -> None:
     """Refuse a loss of more tokens than the plan has memory for: transformers takes all their logits in fp32, twice."""
     if not isinstance(labels, Tensor) or plan.device_memory:
         return
-    nbytes = labels.numel() * model.vocab_size * (plan.dtype.itemsize + 2 * 4)
+    per_logit = 2 * 4 + (plan.dtype.itemsize if plan.dtype != torch.float32 else 0)
+    nbytes = labels.numel() * model.vocab_size * per_logit
     room = plan.memory - plan.used + plan.activations
     if nbytes > room:
         raise ValueError(
