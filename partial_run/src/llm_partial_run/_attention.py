@@ -21,9 +21,10 @@ class InFp32(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func not in BATCHED or "out" in kwargs:
+            return func(*args, **kwargs)
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        alike = len({x.dtype for x in tensors}) == 1 and "out" not in kwargs
-        if func not in BATCHED or not alike or not all(map(_matters, tensors)):
+        if len({x.dtype for x in tensors}) != 1 or not all(map(_matters, tensors)):
             return func(*args, **kwargs)
         wide = {name: _wide(x) for name, x in kwargs.items()}
         return func(*map(_wide, args), **wide).to(tensors[0].dtype)

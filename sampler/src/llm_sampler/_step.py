@@ -16,8 +16,9 @@ class Step:
 
     rows: indices into input_ids. logprobs: natural log-probabilities of the tokens under the model itself, which no
     parameter changes, () with logprobs=False; processed_logprobs: under the distribution that was drawn from. finished:
-    None, or why the row has: "stop" (the token is a stop id), "stop_string", "complete" (a constraint has nothing to add), "length" (it is
-    the last that max_new_tokens allows). texts: what of the row's text is now certain, where sample was given decode.
+    None, or why the row has: "stop" (the token is a stop id), "stop_string", "complete" (a constraint has nothing to
+    add), "length" (it is the last that max_new_tokens allows). texts: what of the row's text is now certain, where
+    sample was given decode.
     top_logprobs, top_processed_logprobs: the most likely tokens as (id, log-probability), where they were asked for.
     """
 
