@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ._products import makes_code
+
 _T: Any = Tensor
 BATCHED = {torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, _T.matmul, _T.bmm, _T.baddbmm, _T.__matmul__}
 
@@ -32,8 +34,7 @@ class InFp32(TorchFunctionMode):
 
 def _matters(x: Tensor) -> bool:
     """Not so for a weight: it has two dimensions, or is a tensor that sees to its products itself."""
-    halves = x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu"
-    return halves and x.dim() > 2 and type(x) in (Tensor, nn.Parameter)
+    return makes_code(x) and x.dim() > 2 and type(x) in (Tensor, nn.Parameter)
 
 
 def _wide(x: Any) -> Any:

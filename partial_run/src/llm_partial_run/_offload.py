@@ -23,7 +23,7 @@ from ._checks import check_labels
 from ._kinds import Survey, attending, attends_itself, cache_nbytes, copied_nbytes, largest_kept_nbytes, survey_blocks
 from ._memory import available, give_freed_memory_back, measured_runtime, parse_bytes
 from ._plan import Plan, decide
-from ._products import without_onednn
+from ._products import makes_code, without_onednn
 from ._run import Stats
 from ._stores import as_store, read_rate
 from ._tied import Tied
@@ -311,7 +311,7 @@ class Offload:
         100 times slower than those for fp32.
         """
         x = tensors[0] if tensors else torch.empty(0)  # [rows, tokens, width]
-        if not self._attends_itself or x.dtype not in (torch.bfloat16, torch.float16) or x.device.type != "cpu":
+        if not self._attends_itself or not makes_code(x):
             yield
             return
         one_token = x.dim() > 2 and x.shape[-2] == 1 and x.dtype == torch.bfloat16

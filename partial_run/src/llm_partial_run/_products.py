@@ -78,10 +78,15 @@ def of_few_shapes(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     the last of them filled up with rows of zeros to one of a few numbers.
     """
     rows = x.numel() // x.shape[-1]
-    if rows < 2 or x.dtype not in _CODED or x.device.type != "cpu":
+    if rows < 2 or not makes_code(x):
         return _with_onednn(compute, x)
     blocks = [_padded(compute, block) for block in x.reshape(rows, -1).split(AT_ONCE)]
     return (torch.cat(blocks) if len(blocks) > 1 else blocks[0]).view(*x.shape[:-1], -1)
+
+
+def makes_code(x: Tensor) -> bool:
+    """Whether oneDNN makes code for each shape of a product with it: in 16 bits on a CPU."""
+    return x.dtype in _CODED and x.device.type == "cpu"
 
 
 def kernels_nbytes(shapes: int, rows: int, dtype: torch.dtype) -> int:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._products import of_few_shapes, product
+from ._products import makes_code, of_few_shapes, product
 
 _T: Any = Tensor
 TIMES = {torch.matmul, torch.mm, _T.matmul, _T.mm, _T.__matmul__}  # x @ weight
@@ -18,8 +18,7 @@ GROUPED = {"_grouped_mm", "grouped_mm_fallback"}  # torch's own, and where it ha
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor, whose products see to their number of rows where that matters: in 16 bits on a CPU."""
-    matters = tensor.dtype in (torch.bfloat16, torch.float16) and tensor.device.type == "cpu"
-    return tensor.as_subclass(Whole) if matters else tensor
+    return tensor.as_subclass(Whole) if makes_code(tensor) else tensor
 
 
 class Whole(torch.Tensor):
