@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm_partial_run import BudgetError, PartialRun, plan
+from foreign import Case
+from llm_partial_run import BudgetError, PartialRun, _kinds, _units, plan
 
 torch.set_num_threads(1)  # the matrices are too small for more
 VOCAB, HIDDEN, LAYERS = 96, 32, 20
@@ -225,3 +226,13 @@ def routed_toy(tmp_path: Path):
 def file_store():
     """Weights in a real file, for tests that make their own: `file_store(path, weights)`."""
     return FileStore
+
+
+@pytest.fixture
+def case(tmp_path, file_store, monkeypatch):
+    monkeypatch.setattr(_units, "SLICE", 2048)  # several slices a matrix
+    monkeypatch.setattr(_kinds, "SMALL", 0)
+    monkeypatch.setattr(_kinds, "TABLE", 0)
+    found = Case(tmp_path / "weights", file_store)
+    yield found
+    found.store.close()
