@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llm_partial_run import BudgetError, PartialRun, plan
-from llm_partial_run._plan import decide
+from llm_partial_run._plan import LEAST, decide
 from llm_partial_run._units import Model, Unit
 
 MIB = 1 << 20
@@ -108,6 +108,17 @@ def test_caches_count_and_go_to_disk_where_they_do_not_fit_or_are_sent():
     chosen = decide(MODEL, cache_nbytes=500 * MIB, spill=True, **kwargs)
     assert (chosen.caches, chosen.spilled) == (100 * MIB, 500 * MIB)
     assert chosen.streamed < beside.streamed
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_routed_experts_have_slots_in_every_budget_that_does_not_hold_them_all(converted):
+    experts = tuple(Unit(f"mid.00000/experts.{i:05d}", "up.weight", 0, 1, MIB, MIB) for i in range(64))
+    model = replace(MODEL, units=UNITS[:20], experts=experts, converted=converted, wanted_nbytes=2 * MIB)
+    least = decide(model, memory=10_000 * MIB, runtime=0).smallest
+    for memory in range(least, least + 400 * MIB, MIB // 2):
+        plan = decide(model, memory=memory, runtime=0)
+        assert plan.used <= memory
+        assert plan.expert_slots >= LEAST or not plan.streamed + plan.wanted
 
 
 def test_passes_of_more_tokens_than_a_micro_batch_hold_a_layer_in_the_ring():

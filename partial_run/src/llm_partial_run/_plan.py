@@ -206,8 +206,7 @@ def decide(
         if slot and not device_memory:
             more = min(AHEAD - LEAST, len(model.units) - slots, (free - least) // slot)
             slots, ring, least = slots + more, ring + more * slot, least + more * slot
-        beside = least - ring
-        fits = model.experts and _kept(left, ends) <= free - beside
+        fits = model.experts and _kept(left, ends) <= free - (least - ring) - convert
         resident = frozenset(left) if fits else _spread(left, free - least, ends)
     streamed = [unit for unit in left if unit not in resident]
     host, host_ends = _kept(resident, 0), ends * len(resident)
