@@ -158,6 +158,16 @@ def test_device_memory_is_filled_first_then_pinned_memory_then_disk():
     assert plan.device_units.isdisjoint(plan.resident_units)
 
 
+def test_caches_on_disk_are_reckoned_half_full_in_what_a_pass_reads():
+    chosen = decide(
+        MODEL, memory=2000 * MIB, runtime=300 * MIB, cache_nbytes=500 * MIB, cache_part_nbytes=100 * MIB, spill=True,
+        read_rate=100 * MIB,
+    )  # fmt: skip
+    assert chosen.read_per_pass == chosen.streamed + 250 * MIB == chosen.as_dict()["read_per_pass"]
+    assert chosen.seconds_per_pass == chosen.read_per_pass / (100 * MIB)
+    assert f"{chosen.seconds_per_pass:.2f} s at the" in str(chosen)
+
+
 def test_the_table_names_every_use_of_the_memory():
     text = str(decide(MODEL, memory=2000 * MIB, runtime=300 * MIB, read_rate=1e9))
     for line in ("memory", "runtime", "weights resident", "buffers", "caches", "activations", "read per pass"):

@@ -172,14 +172,14 @@ def test_what_the_caches_have_no_place_for_is_refused_before_anything_is_read(to
 
 def test_caches_of_another_model_are_refused(toy, tmp_path):
     with toy.run(toy.smallest(), spill=tmp_path) as run:
-        caches: dict[str, Any] = dict(run.new_caches())
+        caches: dict[str, Any] = dict(run.new_caches(3, 41))
         for wrong in ((), caches["mid.00003"][:1], tuple(t.double() for t in caches["mid.00003"])):
             with pytest.raises(
                 ValueError, match=r"mid.00003: its caches are \[.*have to be \['\[rows, slots, 32\] float32'"
             ):
                 run(torch.tensor([[1]]), caches=caches | {"mid.00003": wrong})
         with pytest.raises(ValueError, match="too few for 4 rows and slot 0"):
-            run(torch.zeros(4, 1, dtype=torch.long), caches=run.planned_caches())
+            run(torch.zeros(4, 1, dtype=torch.long), caches=run.new_caches())
 
 
 def test_hidden_states_are_what_parts_without_a_begin_take(toy):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm_partial_run import PartialRun, SpilledCaches, _caches, plan
+from llm_partial_run import PartialRun, SpilledCaches, _budget, plan
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3], [5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6]]
 
@@ -21,13 +21,14 @@ def test_caches_that_do_not_fit_go_to_disk_with_the_same_bits(toy, tmp_path):
         expected = [toy.last(run, PROMPTS), toy.last(run, grown), toy.last(run, [grown[0] + [1], grown[0] + [2]])]
     with toy.run(toy.smallest(), spill=tmp_path) as run:
         assert run.plan.spilled
-        assert isinstance(run.planned_caches(), SpilledCaches)
+        assert isinstance(run.new_caches(), SpilledCaches)
         assert torch.equal(toy.last(run, PROMPTS), expected[0])
         assert torch.equal(toy.last(run, grown), expected[1])
         assert torch.equal(toy.last(run, [grown[0] + [1], grown[0] + [2]]), expected[2])
 
 
-def test_caches_that_would_fit_go_to_disk_where_that_reads_less(toy, tmp_path, monkeypatch):
+def test_caches_that_would_fit_go_to_a_directory_that_is_given_where_that_takes_less_time(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(_budget, "WAIT", 0)  # this small, waiting for the disk would cost more than any weights
     budget: dict[str, Any] = toy.BUDGET | dict(context=30)
     least = next(
         memory
@@ -45,15 +46,25 @@ def test_caches_that_would_fit_go_to_disk_where_that_reads_less(toy, tmp_path, m
     assert read[1] < 0.95 * read[0]
 
     def spilled(**changes: Any) -> bool:
-        return plan(toy.parts(), toy.store, **dict(memory=least) | budget | changes).spilled > 0
+        return plan(toy.parts(), toy.store, **dict(memory=least, spill=tmp_path) | budget | changes).spilled > 0
 
     assert not spilled(spill="/dev/shm")
-    toy.store.path = tmp_path  # weights on that disk
-    monkeypatch.setattr(_caches, "SPILL", tmp_path)
-    assert spilled()
     assert not spilled(memory="1GiB")  # nothing is streamed
-    toy.store.path = "/dev/shm"
+    monkeypatch.setattr(_budget, "WAIT", 1 << 20)
     assert not spilled()
+
+
+def test_a_range_of_layers_has_its_caches_where_the_plan_has_them(toy, tmp_path):
+    layers = {part: module for part, module in toy.parts().items() if part.startswith("mid")}
+    x, outputs = torch.randn(3, 4, 32), []
+    for memory in ("1GiB", toy.smallest()):
+        with PartialRun(layers, toy.store, memory=memory, spill=tmp_path, **toy.BUDGET) as run:
+            caches = run.new_caches()
+            assert isinstance(caches, SpilledCaches) == (run.plan.spilled > 0) == (memory != "1GiB")
+            run(x, None, caches)
+            outputs.append(run(x[:, :1], torch.full((3, 1), 4), caches))
+            assert not isinstance(run.new_caches(1, 8), SpilledCaches)  # of a size that the plan knows nothing of
+    assert torch.equal(*outputs)
 
 
 def test_a_row_that_idles_between_others_keeps_its_caches_on_disk(toy, tmp_path):
@@ -95,7 +106,7 @@ def test_rows_that_continue_beside_one_that_begins_see_their_caches_by_a_mask(to
     results = []
     for memory in ("1GiB", toy.smallest()):
         with toy.run(memory, spill=tmp_path) as run:
-            caches = run.planned_caches()
+            caches = run.new_caches()
             run(torch.tensor([[5, 6, 7]] * 3), None, caches)
             ids = torch.tensor([[1, 2, 3, 4], [9, 0, 0, 0], [8, 0, 0, 0]])
             first = run(ids, positions, caches, slots=spare, mask=mask)[:, 0]

@@ -22,7 +22,10 @@ DEFAULT_SHARE = 0.9  # of what is free, where no `memory` is given
 INDEX = 400  # bytes for each token whose prefix is known
 OBJECTS = 320  # bytes for each slice: what Python has to say of it
 MARGIN = 16 << 20  # what no formula counts: holes in the heap, the kernels' scratch memory
-WORTH = 0.95  # of the bytes that are read with the caches in memory: where fewer are with them on disk, they go there
+WORTH = (
+    0.95  # of the bytes that are read with the caches in memory: where fewer are with them on disk, they may go there
+)
+WAIT = 1 << 20  # bytes that the disk could give while a pass waits for one row of keys or values to be read or written
 SLACK = 8 << 20  # between the runtimes of two processes that do the same
 
 
@@ -43,9 +46,9 @@ def plan(
 ) -> Plan:
     """What `PartialRun` with the same arguments would do; reads no more than to measure the disk for a moment.
 
-    Keys and values are on disk where they do not fit in memory, and where that reads less: the memory that they would fill
-    holds weights then, and of what is on disk only the slots in use are read. By choice that is done in `spill=` alone,
-    or beside the weights on the same disk.
+    Keys and values are on disk where they do not fit in memory. Where `spill` is given, they go there also where that
+    takes less time: the memory that they would fill holds weights then, and of what is on disk only the slots in use are
+    read. It is reckoned with half of them in use.
 
     :raises BudgetError: where `memory` is too small; its `smallest` is the number of bytes that works.
     """
@@ -63,11 +66,12 @@ def plan(
         counted += beside_weights(model, max(rows, min(tokens or micro_batch or MICRO_BATCH, rows * context)), device)
     else:
         counted = parse_bytes(runtime, "runtime")
-    per_layer = [
-        sum(t.nbytes for t in module.new_cache(rows, context + 1, dtype=model.dtype, device="meta"))  # pyright: ignore
+    by_layer = [
+        module.new_cache(rows, context + 1, dtype=model.dtype, device="meta")  # pyright: ignore
         for module in parts.values()
         if hasattr(module, "new_cache")
     ]
+    per_layer = [sum(tensor.nbytes for tensor in layer) for layer in by_layer]
     sizes: dict[str, Any] = dict(
         memory=allowed,
         runtime=counted,
@@ -84,9 +88,10 @@ def plan(
     )
     decided = decide(model, **sizes)
     alike = len(set(per_layer)) == 1  # as caches on disk have to be
-    if decided.streamed and alike and may_hold(spill, decided.caches, beside=getattr(store, "path", None)):
+    if spill is not None and decided.streamed and alike and may_hold(spill, decided.caches):
         on_disk = decide(model, **sizes, spill=True)
-        if on_disk.read_per_pass < WORTH * decided.read_per_pass:
+        waits = 2 * rows * sum(map(len, by_layer))
+        if on_disk.read_per_pass + waits * WAIT < WORTH * decided.read_per_pass:
             decided = on_disk
     streamed = [
         unit for unit in model.units + model.experts if unit not in decided.resident_units | decided.device_units

@@ -159,12 +159,9 @@ def directory_for(spill: Any) -> Any:
     return spill or (SPILL if os.path.isdir(SPILL) else tempfile.gettempdir())
 
 
-def may_hold(spill: Any, nbytes: int, *, beside: Any) -> bool:
-    """Whether caches that would fit in memory may go to disk: to `spill`, or without to the disk that has `beside`."""
-    directory = directory_for(spill)
+def may_hold(directory: Any, nbytes: int) -> bool:
+    """Whether caches that would fit in memory may go to this directory: past the page cache, and with room to spare."""
     if not (hasattr(os, "preadv") and hasattr(os, "posix_fallocate")) or _in_memory(directory):
-        return False
-    if spill is None and (beside is None or os.stat(beside).st_dev != os.stat(directory).st_dev):
         return False
     try:
         file, direct = _unlinked(directory, PAGE)

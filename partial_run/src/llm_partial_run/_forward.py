@@ -27,7 +27,7 @@ class Forward:
 
     def __init__(self, run: PartialRun):
         self._run = run
-        self._caches = run.planned_caches()
+        self._caches = run.new_caches()
         self._prefixes = Prefixes(run.plan.rows)  # what each cache row has keys and values of
         self._used = [0] * run.plan.rows  # when each was used last
         self._calls = 0

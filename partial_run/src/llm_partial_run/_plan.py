@@ -75,7 +75,7 @@ class Plan:
     @property
     def seconds_per_pass(self) -> float | None:
         """What reading costs: the least time of a pass, at the measured rate."""
-        return (self.streamed / self.read_rate) if self.read_rate else None
+        return (self.read_per_pass / self.read_rate) if self.read_rate else None
 
     def as_dict(self) -> dict[str, int | float | str | None]:
         """The plan for a script: bytes, counts, the dtype's name."""
@@ -84,6 +84,7 @@ class Plan:
         return plain | {
             "dtype": str(self.dtype).removeprefix("torch."),
             "used": self.used,
+            "read_per_pass": self.read_per_pass,
             "seconds_per_pass": self.seconds_per_pass,
         }
 
@@ -108,8 +109,10 @@ class Plan:
             lines.append(("weights on device", self.device, f"of {format_bytes(self.device_memory)} device memory"))
             lines.append(("weights pinned", self.host, "in host memory, copied in each pass"))
         if self.spilled:
-            lines.append(("caches on disk", self.spilled, "what is in use is read in each pass"))
-        lines.append(("read per pass", self.streamed, _pace(self)))
+            lines.append(
+                ("caches on disk", self.spilled, "what is in use is read in each pass; counted half full below")
+            )
+        lines.append(("read per pass", self.read_per_pass, _pace(self)))
         return "\n".join(f"{name:<18}{format_bytes(size):>11}   {note}" for name, size, note in lines)
 
 

@@ -52,8 +52,8 @@ class PartialRun:
     :param dtype: to compute in. Default: the one that most bytes are stored in.
     :param device: where to compute. With "cuda" weights stay in `device_memory` first, then in pinned host memory.
     :param runtime: bytes to count for Python and torch. Default: measured; 0 lets `memory` count the model alone.
-    :param spill: directory, on a disk, for caches that do not fit in memory, or that would take it from weights of which
-        more is read (see `plan`). Default: /var/tmp.
+    :param spill: directory, on a disk, for caches that do not fit in memory (default: /var/tmp), and where it is given
+        also for those that take memory better used for weights (see `plan`).
     :param progress: called with ("loading", bytes, of bytes) and, in each pass, with ("pass", parts, of parts).
     :raises BudgetError: before anything is loaded, where `memory` is too small.
 
@@ -209,22 +209,21 @@ class PartialRun:
         """Raises ValueError where the plan has no memory for the logits of so many positions, so many of them at once."""
         check_logits(self.plan, self._model, positions, at_once)
 
-    def new_caches(self, rows: int | None = None, slots: int | None = None) -> Caches:
-        """Keys and values for each layer, zeroed: part -> tensors [rows, slots, ...], written in place."""
+    def new_caches(self, rows: int | None = None, slots: int | None = None) -> Caches | SpilledCaches:
+        """Keys and values for each layer, zeroed and written in place.
+
+        For the planned rows and context, in memory or on disk as the plan says. Of other sizes, which the plan does not
+        count, always in memory: part -> tensors [rows, slots, ...].
+        """
+        layers: dict[str, Any] = {part: module for part, module in self.parts.items() if hasattr(module, "new_cache")}
+        if rows is None and slots is None and self.plan.spilled:
+            caches = SpilledCaches(layers, self.plan.rows, self.plan.context + 1, self.plan.dtype, self._spill)
+            return self._opened.enter_context(caches)
         rows, slots = rows or self.plan.rows, slots or self.plan.context + 1
         return {
-            part: module.new_cache(rows, slots, dtype=self.plan.dtype, device=self.device)  # pyright: ignore
-            for part, module in self.parts.items()
-            if hasattr(module, "new_cache")
+            part: module.new_cache(rows, slots, dtype=self.plan.dtype, device=self.device)
+            for part, module in layers.items()
         }
-
-    def planned_caches(self) -> Caches | SpilledCaches:
-        """Caches for the planned rows and context, in memory or on disk as the plan says."""
-        if not self.plan.spilled:
-            return self.new_caches()
-        layers = {part: module for part, module in self.parts.items() if hasattr(module, "new_cache")}
-        caches = SpilledCaches(layers, self.plan.rows, self.plan.context + 1, self.plan.dtype, self._spill)
-        return self._opened.enter_context(caches)
 
     def close(self) -> None:
         """End the threads, close the files and give the memory back. A second time it does nothing.
