@@ -10,7 +10,7 @@ import torch
 
 from llm_partial_run import BudgetError, PartialRun, plan
 from llm_partial_run._plan import LEAST, decide
-from llm_partial_run._units import Model, Unit
+from llm_partial_run._units import SLICE, Model, Unit, _slices
 
 MIB = 1 << 20
 UNITS = tuple(Unit(f"mid.{i:05d}", "weight", j, j + 1, 16 * MIB, 16 * MIB) for i in range(20) for j in range(10))
@@ -123,6 +123,29 @@ def test_routed_experts_have_slots_in_every_budget_that_does_not_hold_them_all(c
 
 def test_passes_of_more_tokens_than_a_micro_batch_hold_a_layer_in_the_ring():
     assert decide(MODEL, memory=2000 * MIB, runtime=300 * MIB, tokens=10_000).ring >= 160 * MIB
+
+
+def test_as_many_tokens_as_a_pass_may_have_go_through_a_layer_at_once_up_to_256():
+    for tokens, at_once in ((None, 128), (5, 5), (200, 200), (10_000, 256)):
+        assert decide(MODEL, memory=4000 * MIB, runtime=300 * MIB, tokens=tokens).micro_batch == at_once
+    routed = replace(MODEL, experts=(Unit("mid.00000/experts.00000", "up.weight", 0, 1, MIB, MIB),))
+    assert decide(routed, memory=4000 * MIB, runtime=300 * MIB, tokens=1000).micro_batch == 1000
+
+
+@pytest.mark.parametrize(
+    ("width", "rows"),
+    [(100, 4096), (1600, 4096), (3200, 8640), (8640, 3200), (14336, 14336), (53248, 16384), (3 << 20, 7)],
+)
+def test_slices_have_numbers_of_rows_that_matrix_kernels_are_made_for(width, rows):
+    nbytes = width * rows * 2
+    slices = _slices("mid.00000", "up.weight", rows, nbytes, 2 * nbytes)
+    assert [unit.start for unit in slices[1:]] == [unit.stop for unit in slices[:-1]]
+    assert (slices[0].start, slices[-1].stop) == (0, rows)
+    assert sum(unit.nbytes for unit in slices) == nbytes == sum(unit.kept_nbytes for unit in slices) // 2
+    step = slices[0].stop
+    if len(slices) > 1 and step > 1:
+        assert 0.66 * SLICE < slices[0].nbytes < 1.34 * SLICE
+        assert step % (128 if step > 127 else 64 if step > 63 else 16) == 0
 
 
 def test_a_large_vocabulary_is_not_held_in_the_ring():

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ._memory import format_bytes
+from ._products import AT_ONCE
 from ._units import Model, Unit
 
 READERS = 4  # reads in flight: what disks need to be busy while one of them has just ended
@@ -16,7 +17,7 @@ LEAST = READERS + 1  # slots of the ring: those being read, and the one being co
 AHEAD = READERS + 5  # where memory allows: so many more that reading goes on while the computation stands still
 PAGE_TABLES = 512  # bytes of memory to one of page tables: 8 for each 4 KiB
 ENDS = 2 * 4096  # of a slice that stays: it is read in whole pages, and its tensor is an object
-MICRO_BATCH = 128  # tokens that go through a layer at once: enough for matrix kernels, little beside the weights
+MICRO_BATCH = 128  # tokens that go through a layer at once: nearly enough for matrix kernels, little beside the weights
 
 
 class BudgetError(ValueError):
@@ -144,15 +145,15 @@ def decide(
     :param slack: added to the smallest that is named, since another process's runtime differs by a little.
     :param tokens: tokens that one pass may compute, of the rows * context that there can be. More than go through a layer
         at once hold the layer's streamed slices in the ring until all have passed, so that each is read once. Default:
-        `micro_batch`.
-    :param micro_batch: tokens that go through a layer at once; with routed experts `tokens`, as another micro-batch would
+        `micro_batch`, or 128.
+    :param micro_batch: tokens that go through a layer at once, as a rule `tokens`, up to 256; with routed experts `tokens`, as another micro-batch would
         read the experts again.
     :param cache_nbytes: keys and values of all layers, rows and slots; `cache_part_nbytes`: of the largest layer.
         They go to disk where they do not fit beside the rest; with `spill` wherever they would be.
     :param transient: bytes that loading a part takes for a while.
     :raises BudgetError: where `memory` is too small; it names the smallest that works.
     """
-    micro_batch = micro_batch or MICRO_BATCH
+    micro_batch = micro_batch or min(tokens or MICRO_BATCH, AT_ONCE)
     tokens = max(min(tokens or micro_batch, rows * context), rows)
     micro_batch = tokens if model.experts else min(tokens, micro_batch)
     slot, expert_slot = _slot(model.units), _slot(model.experts)

@@ -47,8 +47,8 @@ class PartialRun:
     :param weights: a store (see llm_sepweight), or any `load(part) -> mapping of tensors`.
     :param memory: bytes, or "4GiB", that the whole process may use. Default: nine tenths of what is free here.
     :param rows: sequences that the caches of `forward` hold. :param context: tokens that each of them may have.
-    :param tokens: tokens that a pass over the weights computes at most. Default: `micro_batch`.
-    :param micro_batch: tokens that go through a layer at once. Default: 128.
+    :param tokens: tokens that a pass over the weights computes at most. Default: `micro_batch`, or 128.
+    :param micro_batch: tokens that go through a layer at once. Default: `tokens`, up to 256.
     :param dtype: to compute in. Default: the one that most bytes are stored in.
     :param device: where to compute. With "cuda" weights stay in `device_memory` first, then in pinned host memory.
     :param runtime: bytes to count for Python and torch. Default: measured; 0 lets `memory` count the model alone.
