@@ -49,22 +49,28 @@ def slot_for(unit: Unit, *, pinned: bool = False) -> Tensor:
 def read_rate(store: Any, units: list[Unit], seconds: float = 0.3) -> float:
     """Bytes per second with as many reads in flight as a pass has, measured for a moment."""
     largest, left, lock = max(units, key=lambda unit: unit.nbytes), iter(units), threading.Lock()
-    start = time.perf_counter()
 
-    def reader(_: int) -> int:
-        slot, done = slot_for(largest), 0
-        while time.perf_counter() - start < seconds:
-            with lock:
-                unit = next(left, None)
-            if unit is None:
-                break
-            store.read(unit.part, unit.name, unit.start, unit.stop, slot)
-            done += unit.nbytes
+    def read(slot: Tensor) -> int:
+        with lock:
+            unit = next(left, None)
+        if unit is None:
+            return 0
+        store.read(unit.part, unit.name, unit.start, unit.stop, slot)
+        return unit.nbytes
+
+    def read_on(slot: Tensor) -> int:
+        done = 0
+        while time.perf_counter() - start < seconds and (nbytes := read(slot)):
+            done += nbytes
         return done
 
     with ThreadPoolExecutor(READERS, "llm_partial_run rate") as pool:
-        done = sum(pool.map(reader, range(READERS)))
-    return done / (time.perf_counter() - start)
+        slots = [slot_for(largest) for _ in range(READERS)]
+        begun = time.perf_counter()
+        first = sum(pool.map(read, slots))  # slower than what follows: it opens files, and touches the slots
+        start = time.perf_counter()
+        done = sum(pool.map(read_on, slots))
+        return done / (time.perf_counter() - start) if done else first / (start - begun)
 
 
 @dataclass(frozen=True)
