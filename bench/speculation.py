@@ -3,10 +3,11 @@
 python bench/speculation.py --help
 
 With exact greedy speculation that depends on the prompt and the text alone, not on the model: whichever model writes this
-text needs this many forwards for it. So the model is replaced by one that replays known text:
+text needs this many forwards for it. So the model is replaced by one that replays known text, of this repository as it was
+at one commit, so that the numbers stay what they are while it goes on:
 
-edit    a file of this repository as it was before one of its commits -> the file after it
-quote   a document of this repository -> every third paragraph of it, with a line before each
+edit    a file as it was before one of the commits up to there -> the file after it
+quote   a document -> every third paragraph of it, with a line before each
 other   the first half of a file -> the second half, which quotes nothing
 """
 
@@ -16,12 +17,12 @@ import argparse
 import json
 import re
 import subprocess
-import sysconfig
 import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+COMMIT = "117187db7a3d7314408ec7537a00ac986483cf94"  # the one that brought this file
 
 
 def main() -> None:
@@ -34,6 +35,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write all numbers")
     args = parser.parse_args()
 
+    if git("rev-parse", "--is-shallow-repository").strip() == "true":
+        raise SystemExit("the texts are this repository's history, and this clone has a part of it: git fetch --unshallow")
     tokenizer = trained_tokenizer(args.vocabulary)
     kinds = {"edit": edits(args.texts), "quote": quotes(args.texts), "other": halves(args.texts)}
     results = []
@@ -112,7 +115,7 @@ class Replay:
 
 def edits(count: int) -> list[tuple[str, str]]:
     """Files before and after a commit that changed them, the newest first, each file once."""
-    log = git("log", "--no-merges", "--diff-filter=M", "--name-only", "--format=commit %H", "--", "*.py", "*.md")
+    log = git("log", COMMIT, "--no-merges", "--diff-filter=M", "--name-only", "--format=commit %H", "--", "*.py", "*.md")
     pairs, commit, seen = [], "", set()
     for line in log.splitlines():
         if line.startswith("commit "):
@@ -127,8 +130,8 @@ def edits(count: int) -> list[tuple[str, str]]:
 
 def quotes(count: int) -> list[tuple[str, str]]:
     pairs = []
-    for name in git("ls-files", "*.md").split():
-        paragraphs = [p for p in re.split(r"\n\n+", (ROOT / name).read_text(encoding="utf-8")) if len(p) > 80]
+    for document in files(".md"):
+        paragraphs = [p for p in re.split(r"\n\n+", document) if len(p) > 80]
         quoted = "".join(f"It says, in paragraph {i}:\n\n{p}\n\n" for i, p in enumerate(paragraphs) if i % 3 == 0)
         if len(paragraphs) > 3:
             pairs.append(("\n\n".join(paragraphs) + "\n\n", quoted[:4000]))
@@ -136,16 +139,18 @@ def quotes(count: int) -> list[tuple[str, str]]:
 
 
 def halves(count: int) -> list[tuple[str, str]]:
-    texts = [path.read_text(encoding="utf-8") for path in standard_library()[: 4 * count]]
-    return [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts if 2000 < len(text) < 12_000][:count]
+    texts = [text for text in files(".py") if 2000 < len(text) < 12_000]
+    return [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts[:count]]
 
 
-def standard_library() -> list[Path]:
-    return sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+def files(ending: str) -> list[str]:
+    """The texts of the files at the commit whose names end so, in the order of the names."""
+    names = git("ls-tree", "-r", "--name-only", COMMIT).splitlines()
+    return [git("show", f"{COMMIT}:{name}") for name in names if name.endswith(ending)]
 
 
 def trained_tokenizer(vocabulary: int) -> Any:
-    """Byte-level pairs of Python's standard library and this repository's own documents."""
+    """Byte-level pairs of the repository's own code and documents."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -153,13 +158,12 @@ def trained_tokenizer(vocabulary: int) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
-    texts = (path.read_text(encoding="utf-8", errors="replace") for path in [*standard_library(), *ROOT.glob("*/*.md")])
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(files(".py") + files(".md"), trainer)
     return tokenizer
 
 
 def git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, encoding="utf-8")
     if done.returncode:
         raise SystemExit(f"the texts are this repository's history, and git gives: {done.stderr.strip()}")
     return done.stdout

@@ -23,6 +23,7 @@ import mixture  # noqa: E402
 import peers  # noqa: E402
 import rates  # noqa: E402
 import sampler  # noqa: E402
+import speculation  # noqa: E402
 
 TINY = checkpoint.SHAPES["tiny"]
 
@@ -222,7 +223,13 @@ def test_logits_that_are_ready_are_others_in_the_next_step() -> None:
     assert torch.equal(steps[0], steps[2])
 
 
-@pytest.mark.skipif(not (BENCH.parent / ".git").exists(), reason="the texts come from the repository's history")
+whole_history = pytest.mark.skipif(
+    not (BENCH.parent / ".git").exists() or (BENCH.parent / ".git/shallow").exists(),
+    reason="the texts come from the repository's history",
+)
+
+
+@whole_history
 def test_bench_of_speculation_counts_more_than_a_token_a_forward_where_text_is_grounded(tmp_path: Path):
     command = [sys.executable, BENCH / "speculation.py", "--texts", "1", "--tokens", "8", "--vocabulary", "1000"]
     done = subprocess.run([*command, "--json", tmp_path / "out.json"], capture_output=True, text=True, timeout=300)
@@ -233,3 +240,25 @@ def test_bench_of_speculation_counts_more_than_a_token_a_forward_where_text_is_g
     }
     assert all(result["tokens_per_forward"] > 2 for result in results if result["text"] != "other")
     assert all(result["tokens_per_forward"] == result["gained"] / result["forwards"] for result in results)
+
+
+@whole_history
+def test_texts_of_speculation_stay_what_they_are_when_the_repository_goes_on(tmp_path: Path, monkeypatch):
+    texts = [speculation.edits(2), speculation.quotes(2), speculation.halves(2)]
+    subprocess.run(["git", "clone", "--quiet", "--shared", "--no-checkout", BENCH.parent, tmp_path], check=True)
+    (tmp_path / "README.md").write_text("This is written later, and longer than it has to be. " * 20)
+    commit = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--message=Say more"]
+    subprocess.run(["git", "add", "README.md"], cwd=tmp_path, check=True)
+    subprocess.run([*commit, "--no-gpg-sign", "README.md"], cwd=tmp_path, check=True)
+    monkeypatch.setattr(speculation, "ROOT", tmp_path)
+    assert [speculation.edits(2), speculation.quotes(2), speculation.halves(2)] == texts
+
+
+@whole_history
+def test_bench_of_speculation_says_that_a_shallow_clone_lacks_its_texts(tmp_path: Path, monkeypatch):
+    origin = BENCH.parent.as_uri()
+    subprocess.run(["git", "clone", "--quiet", "--depth=1", "--no-checkout", origin, tmp_path], check=True)
+    monkeypatch.setattr(speculation, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["speculation.py", "--texts", "1", "--vocabulary", "300"])
+    with pytest.raises(SystemExit, match="git fetch --unshallow"):
+        speculation.main()
