@@ -36,7 +36,7 @@ def main() -> None:
     args = parser.parse_args()
 
     if git("rev-parse", "--is-shallow-repository").strip() == "true":
-        raise SystemExit("the texts are this repository's history, and this clone has a part of it: git fetch --unshallow")
+        raise SystemExit("the texts are this repository's history, and this clone lacks it: git fetch --unshallow")
     tokenizer = trained_tokenizer(args.vocabulary)
     kinds = {"edit": edits(args.texts), "quote": quotes(args.texts), "other": halves(args.texts)}
     results = []
@@ -115,7 +115,8 @@ class Replay:
 
 def edits(count: int) -> list[tuple[str, str]]:
     """Files before and after a commit that changed them, the newest first, each file once."""
-    log = git("log", COMMIT, "--no-merges", "--diff-filter=M", "--name-only", "--format=commit %H", "--", "*.py", "*.md")
+    options = ("--no-merges", "--diff-filter=M", "--name-only", "--format=commit %H")
+    log = git("log", COMMIT, *options, "--", "*.py", "*.md")
     pairs, commit, seen = [], "", set()
     for line in log.splitlines():
         if line.startswith("commit "):
