@@ -22,6 +22,7 @@ from llm_sampler import from_url, serve
 from llm_sampler._wire import CONTENT_TYPE, decode_tensors, encode_tensors
 
 LIMIT = 1 << 16
+VAST = json.dumps({"input_ids": {"dtype": "I32", "shape": [1 << 47] * 7 + [0], "data_offsets": [0, 0]}}).encode()
 HEAD = {"content-type": CONTENT_TYPE}
 
 
@@ -87,6 +88,7 @@ def test_the_protocol_is_simple_enough_to_write_by_hand(url: str) -> None:
         ("/last_logits", b"", "does not begin with a header"),
         ("/last_logits", b"\x00" * 50, "the header of the body is not that of tensors"),
         ("/last_logits", b"{}" * 99, "does not begin with a header"),
+        ("/last_logits", len(VAST).to_bytes(8, "little") + VAST, "tensor 'input_ids' has dtype 'I32' and shape"),
         ("/last_logits", encode_tensors({}), "needs input_ids"),
         ("/last_logits", encode_tensors({"input_ids": torch.ones(1, 2)}), "needs input_ids, integers"),
         ("/last_logits", request(lengths=((2,),)), "needs lengths"),

@@ -96,6 +96,8 @@ def entry(shape: object = (1,), offsets: object = (0, 4), dtype: object = "F32")
         body({"a": entry(shape=[-1])}, b"1234"),
         body({"a": entry(shape=[True])}, b"1234"),
         body({"a": entry(shape=[1 << 40, 1 << 40])}, b"1234"),
+        body({"a": entry(shape=[1 << 47] * 7 + [0], offsets=[0, 0])}),
+        body({"a": entry(shape=[0, 1 << 32, 1 << 32], offsets=[0, 0])}),
         body({"a": entry(shape="1")}, b"1234"),
         body({"a": entry(offsets=[4, 8])}, b"12345678"),
         body({"a": entry(offsets=[0, 4]), "b": entry(offsets=[2, 6])}, b"12345678"),

@@ -60,7 +60,7 @@ def decode_tensors(body: bytearray) -> tuple[dict[str, Tensor], dict[str, str]]:
     data = at = 8 + size
     for name, entry in entries:
         dtype, shape, offsets = _CODES.get(str(entry.get("dtype"))), entry.get("shape"), entry["data_offsets"]
-        if dtype is None or not _whole(shape) or not _whole(offsets) or len(shape) > 8:
+        if dtype is None or not _whole(shape) or not _whole(offsets) or len(shape) > 8 or _beyond_torch(shape):
             raise ValueError(f"tensor {name!r} has dtype {entry.get('dtype')!r} and shape {shape!r}")
         nbytes = prod(shape) * dtype.itemsize
         if offsets != [at - data, at - data + nbytes] or at + nbytes > len(body) or (at - data) % dtype.itemsize:
@@ -139,3 +139,8 @@ class BoundedReader(io.RawIOBase):
 
 def _whole(values: object) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 48 for value in values)
+
+
+def _beyond_torch(shape: list[int]) -> bool:
+    """Whether its strides would overflow, which are counted as if no size were 0."""
+    return prod(max(size, 1) for size in shape) >= 1 << 63
