@@ -198,9 +198,9 @@ def test_text_scores_as_its_ids() -> None:
 @pytest.mark.parametrize(
     ("context", "continuations", "options", "message"),
     [
-        ([], [[1]], {}, "context"),
+        ([], [[1]], {}, "^context is empty; it needs at least one token"),
         ([[1], [2]], [[1]], {}, "2 contexts and 1 sequences"),
-        ([[1], []], [[[1]], [[1]]], {}, "question 1: context holds no row"),
+        ([[1], []], [[[1]], [[1]]], {}, "question 1: context is empty; it needs at least one token"),
         ([1], [], {}, "continuations holds no row"),
         ([[1], [2]], [[[1]], []], {}, "question 1: continuations holds no row"),
         ([1], [1, 2], {}, "one flat sequence"),
@@ -211,11 +211,15 @@ def test_text_scores_as_its_ids() -> None:
         ([1], [[1]], {"batch_size": 0}, "batch_size is 0"),
         ([1], [[1]], {"by": "length"}, "by is 'length'"),
         ([1], [[1]], {"by": "pmi"}, "compares with a baseline"),
-        ([1], [[1]], {"by": "pmi", "baseline": []}, "baseline"),
+        ([1], [[1]], {"by": "pmi", "baseline": []}, "baseline is empty; it needs at least one token"),
+        ([1], [[1]], {"by": "pmi", "baseline": [[1], [2]]}, "baseline holds 2 rows; one is needed"),
+        ([1], (row for row in [[1], [5]]), {}, "continuations: row 1 holds the id 5 at position 0"),
         ([1], [[1]], {"by": "per_byte"}, "encode="),
         ([1], [[1]], {"end_id": -1}, "end_id is -1"),
         ([1], [[1]], {"begin_ids": [0]}, "begin_ids go before text"),
         ("a", ["b"], {}, "give encode="),
+        ("a", "bb", {"encode": letters}, "continuations is one text; give a sequence"),
+        (["a", "b"], [["a"], "bb"], {"encode": letters}, "question 1: continuations is one text; give a sequence"),
         (["a", "b"], [["a"], ["b", ""]], {"encode": letters}, "question 1: continuations: row 1 is empty"),
         ("", ["b"], {"encode": letters}, "begin_ids"),
         ("a", ["b"], {"encode": letters, "boundary": "loose"}, "boundary is 'loose'"),
@@ -225,6 +229,18 @@ def test_text_scores_as_its_ids() -> None:
 def test_bad_arguments_name_their_place(context: list, continuations: list, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         multiple_choice(Forward(), context, continuations, **options)
+
+
+def test_questions_and_continuations_may_be_generated() -> None:
+    expected = [score(Forward(), [1], [[1], [2, 3]]), score(Forward(), [2], [[4]])]
+    assert score(Forward(), [1], (ids for ids in [[1], [2, 3]])) == expected[0]
+    questions = lambda: [(ids for ids in [[1], [2, 3]]), (ids for ids in [[4]])]  # noqa: E731
+    assert score(Forward(), (ids for ids in [[1], [2]]), (each for each in questions())) == expected
+    assert score(Forward(), "a", (text for text in ["b", "bb"]), encode=letters) == score(
+        Forward(), "a", ["b", "bb"], encode=letters
+    )
+    answers = multiple_choice(Forward(), (ids for ids in [[1], [2]]), questions())
+    assert [list(answer.scores) for answer in answers] == expected
 
 
 def test_ids_and_text_are_not_mixed() -> None:

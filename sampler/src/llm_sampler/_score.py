@@ -133,6 +133,7 @@ def score(
         [2, 2]
     """
     forward, end_id = Forward(forward_func), plain(end_id)
+    context, continuations = _held(context), _held(continuations)
     one = _is_one(context)
     contexts: list[Any] = [context] if one else list(context)
     choices: list[Any] = [continuations] if one else list(continuations)
@@ -148,11 +149,13 @@ def score(
         baseline = _baseline(baseline, encode, begin_ids)
     requests: list[Request] = []
     texts: list[list[str | None]] = []  # of each continuation, for each question
-    for question, (own_context, own_choices) in enumerate(zip(contexts, choices, strict=True)):
+    for question, (own_context, own_choices) in enumerate(zip(contexts, map(_held, choices), strict=True)):
         where = "" if one else f"question {question}: "
         ids, targets = own_context, own_choices
         texts.append([None] * len(own_choices))
         if isinstance(own_context, str):
+            if isinstance(own_choices, str):
+                raise ValueError(f"{where}continuations is one text; give a sequence of them, as in [{own_choices!r}]")
             texts[-1] = list(own_choices)
             try:
                 ids, targets = encode_choices(
@@ -160,9 +163,7 @@ def score(
                 )
             except ValueError as error:
                 raise ValueError(f"{where}{error}") from None
-        head, *others = (tuple(row.tolist()) for row in rows_of(ids, f"{where}context")[0])
-        if others:
-            raise ValueError(f"{where}context holds {1 + len(others)} rows; one is needed")
+        head = _one_row(ids, f"{where}context")
         end = () if end_id is None else (end_id,)
         for row, target in enumerate(_targets(targets, where)):
             name, tail = f"{where}continuations: row {row}", (*target, *end)
@@ -212,6 +213,7 @@ def multiple_choice(
         raise ValueError("by='pmi' compares with a baseline; give one, such as baseline=[begin-of-text id]")
     if by in ("per_character", "per_byte") and options.get("encode") is None:
         raise ValueError(f"by={by!r} counts what text has; give context and choices as text, and encode=")
+    context = _held(context)
     one = _is_one(context)
     questions = score(forward_func, context, choices, **options)
     answers = [
@@ -234,6 +236,11 @@ def _choice(scores: list[Score], by: By, where: str) -> Choice:
     return Choice(int(values.argmax()), tuple(scores), tuple(values.softmax(0).tolist()))
 
 
+def _held(values: Any) -> Any:
+    """What comes one by one, as a list."""
+    return values if hasattr(values, "__len__") else list(values)
+
+
 def _is_one(context: Any) -> bool:
     if hasattr(context, "ndim") and context.dtype != object:  # a tensor, or numpy's array of numbers
         return context.ndim < 2
@@ -252,9 +259,15 @@ def _targets(targets: Any, where: str) -> list[tuple[int, ...]]:
 def _baseline(baseline: Any, encode: Callable[[str], Any] | None, begin_ids: Sequence[int]) -> tuple[int, ...]:
     if isinstance(baseline, str):
         baseline, _ = encode_choices(_needed(encode), baseline, [], begin_ids=begin_ids)
-    rows, _ = rows_of(baseline, "baseline")
+    return _one_row(baseline, "baseline")
+
+
+def _one_row(ids: Any, name: str) -> tuple[int, ...]:
+    if isinstance(ids, Sequence) and not ids:
+        raise ValueError(f"{name} is empty; it needs at least one token, such as the model's begin-of-text token")
+    rows, _ = rows_of(ids, name)
     if len(rows) != 1:
-        raise ValueError(f"baseline holds {len(rows)} rows; one context is needed, the same for all")
+        raise ValueError(f"{name} holds {len(rows)} rows; one is needed")
     return tuple(rows[0].tolist())
 
 
