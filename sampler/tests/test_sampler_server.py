@@ -271,6 +271,23 @@ def test_a_client_that_dribbles_is_cut_off_and_others_are_served() -> None:
         assert time.monotonic() - start < 3
 
 
+def test_a_client_that_reads_its_reply_slowly_is_cut_off_and_its_place_given_to_others() -> None:
+    body = request(n="2")
+    head = f"POST /last_logits HTTP/1.1\r\ncontent-type: {CONTENT_TYPE}\r\ncontent-length: {len(body)}\r\n\r\n"
+    with serve(lambda ids: torch.zeros(*ids.shape, 1 << 19), timeout=0.5, max_connections=1) as server:  # 4 MiB
+        server._http.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # what it accepts has the same
+        with socket.socket() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+            slow.connect(address(server.url))
+            slow.sendall(head.encode() + body)
+            start = time.monotonic()
+            while time.monotonic() - start < 1.5:
+                assert slow.recv(1 << 14) or time.monotonic() - start > 0.5
+                time.sleep(0.02)
+            with from_url(server.url, retries=0) as remote:
+                assert remote.vocab_size == 1 << 19
+
+
 def test_no_more_connections_than_allowed_and_the_next_one_is_told_to_come_back() -> None:
     with serve(forward, max_connections=1) as server:
         with from_url(server.url) as remote:

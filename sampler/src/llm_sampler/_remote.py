@@ -27,7 +27,7 @@ from ._wire import (
     COUNT,
     LOGIT_DTYPES,
     SECONDS,
-    BoundedReader,
+    BoundedSocket,
     decode_tensors,
     encode_tensors,
     received,
@@ -238,7 +238,7 @@ class RemoteForward:
         def bounded(sock: Any, *args: Any, **options: Any) -> http.client.HTTPResponse:
             response = http.client.HTTPResponse(sock, *args, **options)
             response.fp.close()
-            response.fp = io.BufferedReader(BoundedReader(sock, deadline))
+            response.fp = io.BufferedReader(BoundedSocket(sock, deadline))
             return response
 
         connection.response_class = bounded  # type: ignore[assignment]

@@ -18,7 +18,7 @@ import torch
 from ._forward import ForwardFunc
 from ._service import Reply, RequestError, Service, refusal
 from ._settings import REQUIRED, number, plain
-from ._wire import COUNT, SECONDS, BoundedReader, received
+from ._wire import COUNT, SECONDS, BoundedSocket, received
 
 _log = logging.getLogger("llm_sampler")
 _PORT = number(REQUIRED, lambda v: 0 <= v < 1 << 16, "an integer from 0 to 65535", int)
@@ -168,17 +168,17 @@ class _HTTPServer(HTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    wbufsize = -1  # head and body of a small reply leave together
     server: _HTTPServer  # type: ignore[assignment]
 
     def setup(self) -> None:
         super().setup()
         self.rfile.close()
-        self._reader = BoundedReader(self.connection, 0)
-        self.rfile = io.BufferedReader(self._reader)
+        self._socket = BoundedSocket(self.connection, 0)
+        self.rfile = io.BufferedReader(self._socket)
+        self.wfile = io.BufferedWriter(self._socket)  # head and body of a small reply leave together
 
     def handle_one_request(self) -> None:
-        self._reader.deadline = time.monotonic() + self.server.seconds
+        self._socket.deadline = time.monotonic() + self.server.seconds
         super().handle_one_request()
 
     def handle_expect_100(self) -> bool:
@@ -193,7 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         headers = {name.lower(): ", ".join(self.headers.get_all(name, ())) for name in self.headers}
-        self._reader.deadline = time.monotonic() + self.server.seconds
+        self._socket.deadline = time.monotonic() + self.server.seconds
         left = 0
         try:
             if "transfer-encoding" in headers:
@@ -223,14 +223,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         self._send(refusal(refused))
         if left:
-            self._reader.deadline = time.monotonic() + 1
+            self._socket.deadline = time.monotonic() + 1
             try:
                 self.rfile.read(min(max(left, 0), _REFUSED_BODY))
             except OSError:
                 return
 
     def _send(self, reply: Reply) -> None:
-        self.connection.settimeout(self.server.seconds)
+        self._socket.deadline = time.monotonic() + self.server.seconds
         self.send_response(reply.status)
         for name, value in {**reply.headers, "content-length": str(len(reply.body))}.items():
             self.send_header(name, value)

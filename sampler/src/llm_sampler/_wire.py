@@ -113,28 +113,38 @@ def received(stream: Any, size: int) -> bytearray:
     return body
 
 
-class BoundedReader(io.RawIOBase):
-    """Reads a socket until `deadline` (time.monotonic()), however slowly the bytes drip in."""
+class BoundedSocket(io.RawIOBase):
+    """Reads and writes a socket until `deadline` (time.monotonic()), however slowly the bytes drip."""
 
     def __init__(self, connection: socket.socket, deadline: float):
         self._connection = connection
-        self._raw = connection.makefile("rb", buffering=0)
+        self._raw = connection.makefile("rwb", buffering=0)
         self.deadline = deadline
 
     def readable(self) -> bool:
         return True
 
+    def writable(self) -> bool:
+        return True
+
     def readinto(self, buffer: memoryview) -> int | None:  # type: ignore[override]
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("timed out")
-        self._connection.settimeout(left)
+        self._wait_no_longer()
         return self._raw.readinto(buffer)
+
+    def write(self, buffer: memoryview) -> int | None:  # type: ignore[override]
+        self._wait_no_longer()
+        return self._raw.write(buffer)
 
     def close(self) -> None:
         if not self.closed:
             self._raw.close()
         super().close()
+
+    def _wait_no_longer(self) -> None:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self._connection.settimeout(left)
 
 
 def _whole(values: object) -> bool:
