@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections import Counter
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -172,3 +175,15 @@ def test_a_constraint_that_leaves_nothing_is_named_with_row_and_step() -> None:
 def test_regex_without_a_library_says_what_to_install() -> None:
     with pytest.raises(ImportError, match="pip install"):
         regex("a+", None, end_id=0)
+
+
+@pytest.mark.parametrize("library", ["xgrammar", "outlines_core"])
+def test_regex_that_needs_transformers_for_a_tokenizer_says_so_where_it_is_missing(
+    library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = MagicMock()
+    installed.__spec__ = ModuleSpec(library, None)
+    monkeypatch.setitem(sys.modules, library, installed)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match="transformers.*pip install transformers, .*library='llguidance'"):
+        regex("a+", object(), end_id=0, library=library)

@@ -59,7 +59,8 @@ def regex(pattern: str, tokenizer: Any, *, end_id: int | None = None, library: s
     default the first of them that is installed. The pattern is compiled once, for all rows.
 
     Raises:
-        ImportError: where none of them is installed. ValueError: where the library refuses the pattern.
+        ImportError: where none of them is installed, or transformers is not, through which xgrammar and outlines_core
+            take a `tokenizers.Tokenizer`. ValueError: where the library refuses the pattern.
     """
     new = compiled(pattern, tokenizer, end_id, library)
     return lambda row: _Constrained(new())

@@ -134,8 +134,13 @@ def _hugging_face(tokenizer: Any) -> Any:
     """A `tokenizers.Tokenizer` in transformers' clothes, which these libraries look for."""
     if hasattr(tokenizer, "backend_tokenizer"):
         return tokenizer
-    from transformers import PreTrainedTokenizerFast
-
+    try:
+        from transformers import PreTrainedTokenizerFast
+    except ImportError as error:
+        raise ImportError(
+            "xgrammar and outlines_core take a tokenizers.Tokenizer by way of transformers, which cannot be imported: "
+            "pip install transformers, or take llguidance, library='llguidance'"
+        ) from error
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
