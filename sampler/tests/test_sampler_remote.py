@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import math
+import queue
+import ssl
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -17,6 +23,7 @@ from llm_sampler import RemoteError, from_url, generate, multiple_choice, sample
 
 TABLE = torch.randn(23, 11, generator=torch.Generator().manual_seed(2)) * 3
 CONTINUATIONS = [[1], [2], [3, 4], [3, 5], [3, 4, 6]]
+CERTIFICATE = Path(__file__).parent / "relay.pem"  # and its key
 
 
 def forward(ids: Tensor) -> Tensor:
@@ -33,6 +40,40 @@ class LastOnly:
     def last_logits(self, ids: Tensor, lengths: Tensor, n: int) -> Tensor:
         self.calls.append((tuple(ids.shape), n))
         return torch.stack([row[end - n : end] for row, end in zip(forward(ids), lengths.tolist(), strict=True)])
+
+
+@contextmanager
+def behind_tls(url: str) -> Iterator[str]:
+    """The address of a relay in front of the server at `url`, as a reverse proxy stands there."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(CERTIFICATE)
+    started: queue.Queue[Any] = queue.Queue()
+
+    async def pass_on(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        while part := await source.read(1 << 16):
+            sink.write(part)
+            await sink.drain()
+        sink.close()
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(urlsplit(url).hostname, urlsplit(url).port)
+        await asyncio.gather(pass_on(reader, back), pass_on(there, writer))
+
+    async def listen() -> None:
+        end = asyncio.Event()
+        listening = await asyncio.start_server(relay, "127.0.0.1", 0, ssl=context)
+        started.put((asyncio.get_running_loop(), end, listening.sockets[0].getsockname()[1]))
+        await end.wait()
+        listening.close()
+
+    thread = threading.Thread(target=lambda: asyncio.run(listen()))
+    thread.start()
+    loop, end, port = started.get(timeout=10)
+    try:
+        yield f"https://127.0.0.1:{port}"
+    finally:
+        loop.call_soon_threadsafe(end.set)
+        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +202,20 @@ def test_a_token_is_needed_where_the_server_has_one() -> None:
                 from_url(server.url, token=wrong)
         with from_url(server.url, token="secret") as remote:
             assert remote(torch.tensor([[1]])).shape == (1, 1, 11)
+
+
+def test_a_server_behind_tls_is_asked_where_its_certificate_is_known_and_only_there(url: str) -> None:
+    known = ssl.create_default_context(cafile=str(CERTIFICATE))
+    known.verify_flags |= ssl.VERIFY_X509_STRICT
+    ids = torch.arange(8).repeat(64, 50)  # more than a record of TLS holds
+    with behind_tls(url) as secure:
+        with from_url(secure, dtype="float32", ssl_context=known) as remote:
+            assert torch.equal(remote(ids), forward(ids))
+            assert torch.equal(remote(ids[:1]), forward(ids[:1]))
+        for wrong, options in ((secure, {}), (secure.replace("127.0.0.1", "localhost"), {"ssl_context": known})):
+            with pytest.raises(RemoteError, match=f"^{wrong} .*certificate verify failed") as refused:
+                from_url(wrong, **options)
+            assert "asked" not in str(refused.value), "a certificate does not become right by asking again"
 
 
 def test_a_connection_that_the_server_closed_while_idle_is_opened_again() -> None:
