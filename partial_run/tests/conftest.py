@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from foreign import Case
 from llm_partial_run import BudgetError, PartialRun, _kinds, _units, plan
@@ -236,3 +237,21 @@ def case(tmp_path, file_store, monkeypatch):
     found = Case(tmp_path / "weights", file_store)
     yield found
     found.store.close()
+
+
+class RowsMultiplied(TorchDispatchMode):
+    """Notes how many rows each product has, as torch computes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.met.add(args[-2].shape[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def rows_multiplied():
+    return RowsMultiplied()

@@ -93,6 +93,38 @@ def test_a_tensor_in_one_piece_sees_to_the_number_of_rows_itself_in_16_bits(case
     case.store.close()
 
 
+class Routed(Model):
+    """Its blocks multiply with a small matrix, which always stays, in a way of their own."""
+
+    class Block(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Parameter(torch.empty(3, HIDDEN))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * F.linear(x, self.router).softmax(-1).amax(-1, keepdim=True)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Routed.Block() for _ in range(2))
+
+
+@pytest.mark.parametrize("whole_blocks", [False, True])
+@pytest.mark.parametrize("memory", ["smallest", "1GiB"])
+def test_small_matrices_that_always_stay_meet_few_numbers_of_rows_in_16_bits(
+    case, monkeypatch, rows_multiplied, memory, whole_blocks
+):
+    monkeypatch.setattr(_kinds, "SMALL", 1 << 20)
+    case = Case(case.path / "routed", case.store_of, Routed)
+    budget = dict(context=128, dtype=torch.bfloat16, whole_blocks=whole_blocks)
+    budget["memory"] = case.smallest(**budget) if memory == "smallest" else memory
+    with case.offload(**budget) as run, torch.no_grad(), rows_multiplied as seen:
+        for tokens in range(65, 129, 9):
+            run.module(torch.ones(1, tokens, dtype=torch.long))
+    assert seen.met == {128}
+    case.store.close()
+
+
 class FalconLinear(nn.Linear):
     """As Falcon's, by whose name it is known: the bias is added to rounded sums."""
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_partial_run._whole import Whole, whole
 
@@ -40,25 +39,12 @@ if grouped := getattr(torch, "_grouped_mm", None):
     WAYS["grouped"] = lambda x, stack: grouped(x, stack.transpose(-2, -1), offs=ends)
 
 
-class RowsMultiplied(TorchDispatchMode):
-    """Notes how many rows each product has, as torch computes it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.met: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
-            self.met.add(args[-2].shape[0])
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("way", WAYS)
-def test_products_come_in_few_shapes_and_give_the_same_numbers(way: str):
+def test_products_come_in_few_shapes_and_give_the_same_numbers(way: str, rows_multiplied):
     torch.manual_seed(0)
     x, stack = torch.randn(44, INPUTS).bfloat16(), torch.randn(EXPERTS, OUTPUTS, INPUTS).bfloat16()
     exact, theirs = (WAYS["linear"](*both) for both in ((x.double(), stack.double()), (x, stack)))
-    with RowsMultiplied() as rows:
+    with rows_multiplied as rows:
         ours = WAYS[way](x, whole(stack))
     assert rows.met == {8, 64, 1}  # of 5, 38 and 1
     assert type(ours) is Tensor
@@ -79,10 +65,10 @@ def test_a_tensor_that_onednn_keeps_no_code_for_stays_what_it_is():
 
 
 @pytest.mark.parametrize("multiply", [torch.bmm, torch.matmul, lambda x, stack: x @ stack])
-def test_all_experts_at_once_come_in_few_shapes_too(multiply: Any):
+def test_all_experts_at_once_come_in_few_shapes_too(multiply: Any, rows_multiplied):
     torch.manual_seed(0)
     x, stack = torch.randn(EXPERTS, 11, INPUTS).bfloat16(), torch.randn(EXPERTS, INPUTS, OUTPUTS).bfloat16()
-    with RowsMultiplied() as seen:
+    with rows_multiplied as seen:
         ours = multiply(x, whole(stack))
     assert seen.met == {16}
     torch.testing.assert_close(ours, torch.bmm(x, stack), atol=4e-2, rtol=1e-2)

@@ -127,6 +127,10 @@ class BlockWeights(Weights):
         if self._survey.called.keys() - self._complete:
             self._room_for_a_call = self._memory(self._survey.called_nbytes)
 
+    def _stay(self, part: str, name: str, tensor: Tensor) -> None:
+        """A small matrix, such as a router's, may be multiplied with as those in one piece are."""
+        super()._stay(part, name, whole(tensor) if tensor.dim() > 1 else tensor)
+
     def _memory(self, nbytes: int) -> Tensor:
         on_cpu = self._device.type == "cpu"
         return page_aligned(nbytes) if on_cpu else torch.empty(nbytes, dtype=torch.uint8, device=self._device)

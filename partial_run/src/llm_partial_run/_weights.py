@@ -115,7 +115,7 @@ class Weights:
             info = self._store.tensors(place[0])[place[1]]
             tensor = self._store.read(*place, 0, info.shape[0], page_aligned(info.nbytes + 2 * 4096))
             dtype = self._dtype_of(part, name) if tensor.is_floating_point() else tensor.dtype
-            self._opened.enter_context(bound(self._parts[part], name, tensor.to(self._device, dtype, copy=True)))
+            self._stay(part, name, tensor.to(self._device, dtype, copy=True))
 
         wanted = self._plan.resident_units | self._plan.device_units
         loading = [unit for unit in self._model.units + self._model.experts if unit in wanted]
@@ -130,6 +130,10 @@ class Weights:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+    def _stay(self, part: str, name: str, tensor: Tensor) -> None:
+        """Bind a tensor that is no slice's."""
+        self._opened.enter_context(bound(self._parts[part], name, tensor))
 
     def _keep(self, unit: Unit) -> Tensor:
         """A slice that stays: at the same place in its page as when it is streamed, so that it gives the same bits."""
