@@ -172,6 +172,32 @@ def test_blocks_that_share_their_weights_are_refused(tmp_path):
         llm_partial_run.layout_from_module(model)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3 moe"])
+def test_copies_of_experts_for_each_token_are_refused_before_and_between_passes(name, tmp_path):
+    path = save(CONFIGS[name], tmp_path)
+    model = on_meta(path)
+    model.set_experts_implementation("batched_mm")
+    with pytest.raises(ValueError, match=r"Experts has experts_implementation='batched_mm'"):
+        offloaded(path, model)
+    model.set_experts_implementation("grouped_mm")
+    with offloaded(path, model):
+        torch.testing.assert_close(
+            logits(model, input_ids=PROMPTS), logits(resident(path), input_ids=PROMPTS), atol=2e-5, rtol=0
+        )
+        model.set_experts_implementation("batched_mm")
+        with pytest.raises(ValueError, match=r"Experts has experts_implementation='batched_mm'"):
+            model(PROMPTS)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_model_without_experts_may_say_how_it_would_reach_them(name, tmp_path):
+    path = save(CONFIGS[name], tmp_path)
+    model = on_meta(path)
+    model.config._experts_implementation = "batched_mm"
+    with offloaded(path, model):
+        logits(model, input_ids=PROMPTS)
+
+
 def test_the_program_in_the_readme_runs(tmp_path):
     readme = (Path(__file__).parent.parent / "partial_run/README.md").read_text()
     (program,) = [block for block in readme.split("```")[1::2] if "layout_from_module" in block]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -49,6 +51,22 @@ def test_training_and_gradients_are_refused(case):
         with torch.no_grad():
             module.blocks[0](x)
         assert not module(IDS).requires_grad
+
+
+def test_experts_of_which_a_copy_is_made_for_each_token_are_refused_before_and_between_passes(case):
+    module = on_meta()
+    config = module.blocks[3].config = SimpleNamespace(_experts_implementation="batched_mm")  # as transformers says it
+    refusal = r"Block has experts_implementation='batched_mm'.*copies.*'grouped_mm' or 'eager'"
+    with pytest.raises(ValueError, match=refusal):
+        case.offload(module=module)
+    config._experts_implementation = "grouped_mm"
+    with case.offload(module=module):
+        expected = module(IDS)
+        config._experts_implementation = "batched_mm"
+        with pytest.raises(ValueError, match=refusal):
+            module(IDS)
+        config._experts_implementation = "eager"
+        assert torch.equal(module(IDS), expected)
 
 
 def test_training_mode_of_an_inner_module_is_refused(case):

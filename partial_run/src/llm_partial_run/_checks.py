@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._memory import format_bytes
 from ._plan import Plan
@@ -66,6 +66,18 @@ def check_labels(plan: Plan, model: Model, labels: object) -> None:
             f"labels= of {labels.numel()} tokens: the logits that their loss is computed from take {format_bytes(nbytes)}, more "
             f"than the {format_bytes(room)} that the plan leaves: give fewer tokens in a call, or offload a larger context= and tokens="
         )
+
+
+def check_experts(module: nn.Module) -> None:
+    """Refuse the way of transformers that gathers the matrices of an expert for each token that is sent to it."""
+    for child in module.modules():
+        how = getattr(vars(child).get("config"), "_experts_implementation", None)
+        if how == "batched_mm" and any(tensor.dim() > 2 for tensor in child.parameters(recurse=False)):
+            raise ValueError(
+                f"{type(child).__name__} has experts_implementation={how!r}, which copies an expert's matrices for each token "
+                "that is sent to it, and no plan has memory for that: choose 'grouped_mm' or 'eager', "
+                "as model.set_experts_implementation('grouped_mm') does"
+            )
 
 
 def check_logits(plan: Plan, model: Model, positions: int, at_once: int) -> None:

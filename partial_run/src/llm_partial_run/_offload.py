@@ -19,7 +19,7 @@ from ._block_weights import BlockWeights, refuse_gradients, replaced_forward
 from ._blocks import find_blocks, parts_of, places
 from ._budget import DEFAULT_SHARE, MARGIN, SLACK, beside_weights
 from ._buffers import computed_buffers
-from ._checks import check_labels
+from ._checks import check_experts, check_labels
 from ._kinds import Survey, attending, attends_itself, cache_nbytes, copied_nbytes, largest_kept_nbytes, survey_blocks
 from ._memory import available, give_freed_memory_back, measured_runtime, parse_bytes
 from ._plan import Plan, decide
@@ -114,6 +114,7 @@ class Offload:
         if any(isinstance(parameter, Absent) for parameter in module.parameters()):
             raise ValueError(f"this {type(module).__name__} is offloaded already: close that first")
         _check_mode(module)
+        check_experts(module)
         self.module = module
         self.blocks = tuple(found := find_blocks(module, blocks))  # their paths, in order
         self.stats = Stats()
@@ -273,6 +274,8 @@ class Offload:
 
     def _begin(self) -> None:
         _check_mode(self.module)
+        if self._device.type == "cpu":  # elsewhere `generate` itself chooses such a way for single tokens
+            check_experts(self.module)
         self._weights.begin_pass()
         self._next = 0
         self._start, self._waited, self._read = time.perf_counter(), self._weights.waited, self._weights.bytes_read
