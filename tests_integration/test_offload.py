@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import llm_partial_run
@@ -132,6 +133,30 @@ def test_of_an_encoder_and_a_decoder_the_larger_is_streamed_and_the_other_serves
         with pytest.warns(UserWarning, match=r"encoder.*was asked for when it was not its turn"):
             again = model.generate(PROMPTS, max_new_tokens=8, do_sample=False)
         assert torch.equal(again, expected)
+
+
+class ProductsIn16Bits(TorchDispatchMode):
+    """Counts batched products of several rows in bf16, for whose shapes oneDNN would keep code."""
+
+    met = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        batched = func in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default)
+        self.met += batched and args[-1].dtype == torch.bfloat16 and args[-2].shape[-2] > 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_attention_of_an_encoder_beside_the_blocks_leaves_nothing_in_16_bits_behind(tmp_path):
+    path = save(hf.T5Config(**T5), tmp_path, torch.bfloat16, hf.AutoModelForSeq2SeqLM)
+    model, theirs = on_meta(path, hf.AutoModelForSeq2SeqLM), resident(path, hf.AutoModelForSeq2SeqLM)
+    for each in (model, theirs):
+        each.set_attn_implementation("eager")
+    with ProductsIn16Bits() as products:
+        theirs.generate(PROMPTS, max_new_tokens=2, do_sample=False)
+    assert products.met
+    with offloaded(path, model), ProductsIn16Bits() as products:
+        model.generate(PROMPTS, max_new_tokens=2, do_sample=False)
+    assert not products.met
 
 
 WHISPER = hf.WhisperConfig(

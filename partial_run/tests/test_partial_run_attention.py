@@ -102,3 +102,34 @@ def test_a_block_that_attends_by_itself_has_them_for_several_tokens(dtype: torch
         with Products() as seen:
             module(x[:, :1])
         assert seen.dtypes == [dtype] * 4  # one token a row: by kernels that read bf16
+
+
+class Beside(Model):
+    """A smaller one attends beside the blocks, as an encoder does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.encoder(x))
+
+
+def test_what_attends_beside_the_blocks_has_them_too_also_where_it_is_called_by_itself():
+    torch.manual_seed(0)
+    resident = Beside().eval().bfloat16()
+    weights = {f"mid.{i:05d}": dict(block.state_dict()) for i, block in enumerate(resident.blocks)}
+    weights["end"] = {f"encoder.{name}": tensor for name, tensor in resident.encoder.state_dict().items()}
+    with torch.device("meta"):
+        module = Beside().eval()
+    x = torch.randn(2, 5, 16).bfloat16()
+    with torch.no_grad(), offload(module, weights.__getitem__, memory="1GiB", rows=2, context=8, runtime=0, cache=0):
+        with Products() as seen:
+            output, alone = module(x), module.encoder(x)
+        assert seen.dtypes == [torch.float32] * 8
+        torch.testing.assert_close(output, resident(x), atol=4e-2, rtol=0)
+        torch.testing.assert_close(alone, resident.encoder(x), atol=4e-2, rtol=0)
+        with Products() as seen:
+            module(x[:, :1])
+        assert seen.dtypes == [torch.float32] * 2 + [torch.bfloat16] * 4
+    assert "forward" not in vars(module.encoder)

@@ -222,12 +222,16 @@ class Offload:
 
     def _wrap_forwards(self) -> None:
         """Forwards and not hooks: those are left out where a call is interrupted."""
-        calls: list[tuple[nn.Module, Callable[..., Any]]] = [
-            (child, self._pass)
+        around = [
+            child
             for path, child in self.module.named_modules()
             if not path or any(block.startswith(path + ".") for block in self.blocks)
         ]
+        calls: list[tuple[nn.Module, Callable[..., Any]]] = [(child, self._pass) for child in around]
         calls += [(block, partial(self._block, i)) for i, block in enumerate(self._modules)]
+        if self._attends_itself:
+            beside = {child for outer in around for child in outer.children()} - {*around, *self._modules}
+            calls += [(child, self._beside) for child in beside if any(True for _ in child.children())]
         for module, call in calls:
             forward = wraps(module.forward)(partial(call, module.forward))
             self._opened.enter_context(replaced_forward(module, forward))
@@ -320,6 +324,11 @@ class Offload:
         one_token = x.dim() > 2 and x.shape[-2] == 1 and x.dtype == torch.bfloat16
         with without_onednn() if one_token and part in self._attending else InFp32():
             yield
+
+    def _beside(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What has no blocks in it, and may attend by itself as they do: an encoder, which `generate` calls alone."""
+        with InFp32():
+            return forward(*args, **kwargs)
 
     def _check(self, i: int, tensors: list[Tensor]) -> None:
         if i == 0 and not self._passing:  # somebody calls the blocks by hand
