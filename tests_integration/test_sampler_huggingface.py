@@ -474,6 +474,46 @@ def test_a_rope_under_which_the_past_changes_is_held_to_its_length() -> None:
         llm_sampler.from_huggingface(model, max_length=64)
 
 
+LONG: dict[str, Any] = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[4.0] * 4)
+CHANGING_AFTER_16 = {
+    "longrope, its length beside it": transformers.Phi3Config(
+        **L, original_max_position_embeddings=16, rope_scaling=dict(LONG), pad_token_id=0
+    ),
+    "longrope of some layers": transformers.Gemma3TextConfig(
+        **{**L, "num_hidden_layers": 6}, head_dim=8, sliding_window=5,
+        rope_parameters={
+            "sliding_attention": dict(rope_type="default", rope_theta=1e4),
+            "full_attention": {**LONG, "factor": 8.0, "original_max_position_embeddings": 16},
+        },
+    ),
+    "dynamic of some layers": transformers.Gemma3TextConfig(
+        **{**L, "num_hidden_layers": 6, "max_position_embeddings": 16}, head_dim=8, sliding_window=5,
+        rope_parameters={
+            "sliding_attention": dict(rope_type="default", rope_theta=1e4),
+            "full_attention": dict(rope_type="dynamic", rope_theta=1e4, factor=2.0),
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGING_AFTER_16)
+def test_wherever_a_rope_is_said_to_change_the_past_it_is_held_to_its_length(name: str) -> None:
+    model = built(copy.deepcopy(CHANGING_AFTER_16[name]))
+    forward = llm_sampler.from_huggingface(model)
+    for length in (14, 15, 16):
+        check(forward, [ids(length), ids(length - 9, 1)])
+    with pytest.raises(ValueError, match="row 0 has 17 tokens, and the model takes 16"):
+        forward(torch.tensor([ids(17)]))
+    with pytest.raises(ValueError, match="give at most 16"):
+        llm_sampler.from_huggingface(model, max_length=17)
+
+
+def test_the_length_of_a_rope_is_found_where_transformers_4_keeps_it() -> None:
+    model = built(copy.deepcopy(CHANGING_AFTER_16["longrope, its length beside it"]))
+    model.config.rope_parameters = dict(LONG)
+    assert llm_sampler.from_huggingface(model).max_length == 16
+
+
 def test_what_the_model_raises_comes_through_and_spoils_nothing(llama: Any) -> None:
     forward = llm_sampler.from_huggingface(llama)
     row = ids(20)

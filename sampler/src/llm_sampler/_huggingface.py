@@ -61,9 +61,8 @@ class HuggingFaceForward:
         self.vocab_size: int | None = getattr(config, "vocab_size", None)
         limit: int | None = getattr(config, "max_position_embeddings", None)
         self.max_length = limit if max_length is None else max_length
-        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-        if rope.get("rope_type", rope.get("type")) in _CHANGING:
-            original = int(rope.get("original_max_position_embeddings") or limit or 0)
+        original = _length_of_the_same_rope(config)
+        if original is not None:
             if max_length is not None and max_length > original:
                 raise ValueError(
                     f"max_length is {max_length}, and with this model's rope, tokens after the first {original} change "
@@ -264,6 +263,16 @@ def _cache_class(model: Any, takes: set[str]) -> type:
 
 def _text_config(model: Any) -> Any:
     return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+
+
+def _length_of_the_same_rope(config: Any) -> int | None:
+    """After how many tokens its rope changes the keys of the first ones; None for one that never does."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    of_layers = [rope, *(own for own in rope.values() if isinstance(own, dict))]  # one, or one for each kind of layer
+    changing = [own for own in of_layers if own.get("rope_type", own.get("type")) in _CHANGING]
+    lengths = [own.get("original_max_position_embeddings") for own in changing]
+    lengths += [getattr(config, name, None) for name in ("original_max_position_embeddings", "max_position_embeddings")]
+    return min((int(length) for length in lengths if length), default=0) if changing else None
 
 
 def _other_layers(model: Any) -> str:
