@@ -76,12 +76,15 @@ EAGER = ("bloom", "cpmant", "gpt_neo", "gptj", "mpt", "openai-gpt", "rwkv")
 
 
 def built(config: Any) -> Any:
+    return randomised(transformers.AutoModelForCausalLM.from_config(config, attn_implementation=_attention(config)))
+
+
+def randomised(model: Any) -> Any:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=_attention(config)).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)
-    return model
+    return model.eval()
 
 
 def _attention(config: Any) -> str:
@@ -416,6 +419,22 @@ def test_rows_of_each_length_have_a_pass_of_their_own_where_the_model_cannot_be_
     counter.hook.remove()
 
 
+@pytest.mark.parametrize("family", ["XLM", "Flaubert"])
+def test_a_model_that_sees_padding_in_spite_of_the_mask_is_given_none(family: str) -> None:
+    config = getattr(transformers, f"{family}Config")(emb_dim=32, n_layers=2, n_heads=4, causal=True, **V)
+    model = randomised(getattr(transformers, f"{family}WithLMHeadModel")(config))
+    forward = llm_sampler.from_huggingface(model, cache=False)
+    check(forward, [ids(30, 1), ids(9, 2), ids(9, 3)], n=2)
+    prompts = [ids(7), ids(2, 1)]
+    for prompt, row in zip(
+        prompts, llm_sampler.generate(forward, prompts, max_new_tokens=6, temperature=0), strict=True
+    ):
+        [alone] = llm_sampler.generate(forward, [prompt], max_new_tokens=6, temperature=0)
+        assert row.tokens == alone.tokens
+    with pytest.raises(ValueError, match="has only a mask of its own, so it cannot see drafts that branch"):
+        forward.tree_logits(torch.tensor([ids(13)]), torch.tensor([[5 + node for node in TREE]]))
+
+
 def test_a_model_that_keeps_other_keys_than_those_of_its_tokens_is_found_out() -> None:
     model = built(transformers.CpmAntConfig(dim_head=8, dim_ff=48, **D))  # has 32 of its own before the first token
     with pytest.raises(ValueError, match="CpmAntForCausalLM kept keys and values of 39 tokens, not of 7: give cache=F"):
@@ -477,7 +496,7 @@ def test_a_rope_under_which_the_past_changes_is_held_to_its_length() -> None:
 LONG: dict[str, Any] = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[4.0] * 4)
 CHANGING_AFTER_16 = {
     "longrope, its length beside it": transformers.Phi3Config(
-        **L, original_max_position_embeddings=16, rope_scaling=dict(LONG), pad_token_id=0
+        **L, original_max_position_embeddings=16, rope_parameters=dict(LONG), pad_token_id=0
     ),
     "longrope of some layers": transformers.Gemma3TextConfig(
         **{**L, "num_hidden_layers": 6}, head_dim=8, sliding_window=5,

@@ -71,10 +71,12 @@ class HuggingFaceForward:
             self.max_length = original if max_length is None else max_length
         self._takes = set(inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters)
         self._recurrent = bool(_other_layers(model))
-        self._own_positions = (  # padding in front would move them
+        kind = getattr(config, "model_type", None)
+        self._own_positions = (  # padding in front would move them, or be seen
             "attention_mask" not in self._takes
             or _counts_ids(model)
-            or ("position_ids" not in self._takes and getattr(config, "model_type", None) not in _FROM_MASK)
+            or kind in _SEES_PADDING
+            or ("position_ids" not in self._takes and kind not in _FROM_MASK)
         )
         self._kept = Kept(_cache_class(model, self._takes), keep) if cache else None
         self._lock = threading.RLock()  # one call at a time: it takes blocks that others have
@@ -123,8 +125,8 @@ class HuggingFaceForward:
             or getattr(_text_config(self.model), "alibi", False)
         ):
             raise ValueError(
-                f"{name} takes no position_ids that count from 0, so it cannot see drafts that branch: draft without "
-                "branches"
+                f"{name} takes no position_ids that count from 0, or has only a mask of its own, so it cannot see drafts "
+                "that branch: draft without branches"
             )
         if kinds := _other_layers(self.model):
             raise ValueError(
@@ -288,5 +290,6 @@ def _counts_ids(model: Any) -> bool:
 
 
 _FROM_MASK = ("bloom", "mpt")  # kinds of models that take no position_ids and find their positions in the mask
+_SEES_PADDING = ("xlm", "flaubert")  # kinds of models whose causal mask forgets the one that they are given
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # names of a bound on who sees whom
