@@ -6,6 +6,8 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -126,6 +128,60 @@ def test_leaving_early_closes_the_steps(forward: Slow) -> None:
 
     asyncio.run(main())
     assert forward.calls == 2
+
+
+@pytest.fixture
+def single() -> Iterator[tuple[ThreadPoolExecutor, threading.Event]]:
+    """An executor of one thread, and what other work in it waits for."""
+    over = threading.Event()
+    with ThreadPoolExecutor(1) as executor:
+        try:
+            yield executor, over
+        finally:
+            over.set()
+
+
+def test_a_task_that_is_cancelled_before_its_forward_has_a_thread_returns_at_once_and_none_begins(
+    forward: Slow, single: tuple[ThreadPoolExecutor, threading.Event]
+) -> None:
+    executor, over = single
+
+    async def main() -> None:
+        other = executor.submit(over.wait, 5)
+        steps = sample_async(forward, [[0]], max_new_tokens=50, temperature=0, executor=executor)
+        task = asyncio.ensure_future(anext(steps))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert [step async for step in steps] == []
+        assert not other.done()
+
+    asyncio.run(main())
+    over.set()
+    executor.submit(int).result(5)  # behind what is left in the queue
+    assert forward.calls == 0
+
+
+@pytest.mark.parametrize("last", [(1,), (3,)], ids=["early", "after the last step"])
+def test_leaving_the_steps_waits_for_no_other_work(
+    forward: Slow, single: tuple[ThreadPoolExecutor, threading.Event], last: tuple[int]
+) -> None:
+    executor, over = single
+    options: dict[str, Any] = {"max_new_tokens": [1, 3], "temperature": 0, "executor": executor}
+
+    async def main() -> None:
+        async with sample_async(forward, [[2], [0]], **options) as steps:
+            async for step in steps:
+                if step.tokens[-1:] == last:
+                    other = executor.submit(over.wait, 5)
+                    if last == (1,):
+                        break
+        assert [step async for step in steps] == []
+        assert not other.done()
+
+    asyncio.run(main())
+    assert forward.calls == last[0]
 
 
 def test_two_that_ask_at_once_take_turns(forward: Slow) -> None:
