@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llm_sampler._wire import decode_tensors, encode_tensors, pack_logits, unpack_logits
@@ -38,6 +38,25 @@ def test_float16_keeps_the_highest_and_is_off_by_a_part_of_the_distance_to_it() 
     assert bool((off <= (highest - logits) * 2**-11 + 1e-4).all()), "1e-4: float32 itself, at 500"
     assert torch.equal(sent(logits, "float16").amax(-1), logits.amax(-1))
     assert torch.equal(sent(logits, "float16").argmax(-1), logits.argmax(-1))
+
+
+@given(
+    st.lists(st.floats(-(2.0**-10), 2.0**-10, width=32), min_size=1, max_size=6),
+    st.sampled_from([-0.0, 2.0**-14, 0.5, 1.0]),
+)
+@example([1e-3, 1e-3 + 2e-8], -0.0)
+@example([-(2.0**-25), 0.0], 0.5)
+@example([-0.0, 0.0], -0.0)
+@example([0.0, -0.0], -0.0)
+@example([-1e-45, 0.0], -0.0)
+def test_float16_keeps_the_highest_apart_from_what_is_close_to_it(close: list[float], to: float) -> None:
+    logits = torch.tensor([[close]]) + to
+    got = sent(logits, "float16")
+    assert torch.equal(got.argmax(-1), logits.argmax(-1))
+    assert torch.equal(got == logits.amax(-1, keepdim=True), logits == logits.amax(-1, keepdim=True))
+    distance = logits.amax(-1, keepdim=True).double() - logits
+    off = (got.double() - logits).abs()
+    assert bool((off <= (distance * 2**-11).clamp_min(2**-24) + 1e-9).all()), "1e-9: float32 itself"
 
 
 def test_float16_cannot_overflow() -> None:

@@ -58,8 +58,9 @@ def from_url(
         url: http:// or https://, with the path under which the server is mounted.
         token: the server's bearer token. Over http:// it can be read on the way.
         dtype: in which logits travel. "float16": the highest of a position is exact, each other one is off by at most
-            2^-11 of its distance to that, and what lies more than 65504 below becomes -inf. "bfloat16": off by at most
-            2^-9 of the logit. "float32", and the dtype that the model computes in: exact. Scores are float32 always.
+            2^-11 of its distance to that, or 2^-24, and what lies more than 65504 below becomes -inf. "bfloat16": off
+            by at most 2^-9 of the logit. "float32", and the dtype that the model computes in: exact. Scores are float32
+            always.
         timeout: seconds that one call may take, from its start to its end, with all its retries. Where the url's name
             has several addresses, each one that does not answer may take as long; to look it up is not counted.
         retries: how often a call is repeated where the server cannot be reached, breaks off or is busy. That is safe: a

@@ -79,7 +79,8 @@ def pack_logits(logits: Tensor, name: str) -> dict[str, Tensor]:
     """Logits [B, n, V] in the dtype of that name.
 
     float16 holds the distance to the highest logit, which itself goes as float32: the highest is exact, each other one
-    is off by at most 2^-11 of its distance, and none overflows. What lies more than 65504 below becomes -inf.
+    is off by at most 2^-11 of its distance, or 2^-24, and stays below it; none overflows. What lies more than 65504 below
+    becomes -inf.
     bfloat16 holds the logit itself, off by at most 2^-9 of it. float32, and a dtype that the logits have, lose nothing.
     """
     dtype = LOGIT_DTYPES[name]
@@ -88,7 +89,10 @@ def pack_logits(logits: Tensor, name: str) -> dict[str, Tensor]:
     logits = logits.float()
     highest = logits.amax(-1)
     highest = highest.where(highest.isfinite(), 0)  # so that NaN, inf and nothing but -inf arrive as they are
-    return {"logits": (logits - highest.unsqueeze(-1)).half(), "highest": highest}
+    highest = highest.where(highest != 0, -0.0)  # less this, a zero of either sign is 0.0
+    distances = (logits - highest.unsqueeze(-1)).half()
+    distances.view(torch.int16).clamp_(min=-0x7FFF)  # -0.0 is a distance that became too small: -2^-24
+    return {"logits": distances, "highest": highest}
 
 
 def unpack_logits(tensors: Mapping[str, Tensor]) -> Tensor:
