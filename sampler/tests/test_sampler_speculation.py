@@ -303,6 +303,21 @@ def test_a_padded_head_of_either_model_is_cut_at_vocab_size() -> None:
         generate(causal, [[1]], max_new_tokens=3, drafter=DraftModel(wider))
 
 
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.2}, {"vocab_size": 10, "top_k": 3}])
+def test_a_smaller_model_with_fewer_logits_than_there_are_tokens_is_named(settings: dict[str, Any]) -> None:
+    def narrower(ids: Tensor) -> Tensor:
+        return similar(ids)[..., :9]
+
+    options: dict[str, Any] = {"max_new_tokens": 9, "seed": 0, "vocab_size": VOCABULARY, **settings}
+    message = f"drafter: its model has a vocabulary of 9, and forward_func one of {options['vocab_size']}; .* at most"
+    for drafter in (DraftModel(narrower), DraftTree(narrower, (2, 1))):
+        with pytest.raises(ValueError, match=message):
+            generate(Strict(), [[1, 7, 2, 7, 3]], drafter=drafter, **options)
+    options["vocab_size"] = 9
+    plain = generate(Strict(), [[1, 7, 2, 7, 3]], **options)
+    assert generate(Strict(), [[1, 7, 2, 7, 3]], drafter=DraftModel(narrower), **options) == plain
+
+
 @pytest.mark.parametrize("drafter", [PromptLookup(4, min_match=1), DraftModel(similar, 3)])
 def test_rows_that_gain_different_numbers_of_tokens_are_penalised_where_the_model_alone_knows_pad_id(
     drafter: Any,

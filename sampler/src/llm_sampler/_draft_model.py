@@ -70,10 +70,11 @@ class DraftTree:
         """For each row of the level up to `width` tokens, and the distribution that they were drawn from."""
         ids, lengths = own.table.copy_of(level), [len(row.ids) for row in level]
         logits = self._forward(ids, lengths, 1, "drafter", of)[:, 0]
-        if logits.shape[-1] != vocabulary and own.vocab_size is None:
+        if logits.shape[-1] < vocabulary or (logits.shape[-1] != vocabulary and own.vocab_size is None):
             raise ValueError(
                 f"drafter: its model has a vocabulary of {logits.shape[-1]}, and forward_func one of {vocabulary}; "
-                "they must share a tokenizer: give its size as vocab_size if only the heads are padded differently"
+                "they must share a tokenizer: give its size, at most the smaller of these, as vocab_size if only the heads are "
+                "padded differently"
             )
         logits = logits[:, :vocabulary]
         for index, row, peak in zip(of, level, logits.amax(-1).tolist(), strict=True):
