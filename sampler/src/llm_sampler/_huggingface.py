@@ -8,17 +8,22 @@ grows in place. transformers is not imported here; the model brings it along.
 from __future__ import annotations
 
 import inspect
-import sys
 import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._abilities import (
+    WINDOWS,
+    cache_class,
+    cannot_be_told_of_padding,
+    length_of_the_same_rope,
+    other_layers,
+    text_config,
+)
 from ._kept import Block, Kept
 from ._tree_mask import tree_mask
-
-_CHANGING = ("dynamic", "longrope")  # kinds of rope under which more tokens change the keys of the first ones
 
 
 def from_huggingface(
@@ -54,14 +59,14 @@ class HuggingFaceForward:
             raise TypeError(f"model is {type(model).__name__}; a model of transformers is needed, not its name")
         if type(keep) is not int or keep < 1:
             raise ValueError(f"keep is {keep!r}; it must be an integer >= 1, or cache=False given")
-        config = _text_config(model)
+        config = text_config(model)
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(f"{type(model).__name__} is an encoder-decoder; a causal language model is needed")
         self.model = model
         self.vocab_size: int | None = getattr(config, "vocab_size", None)
         limit: int | None = getattr(config, "max_position_embeddings", None)
         self.max_length = limit if max_length is None else max_length
-        original = _length_of_the_same_rope(config)
+        original = length_of_the_same_rope(config)
         if original is not None:
             if max_length is not None and max_length > original:
                 raise ValueError(
@@ -70,15 +75,9 @@ class HuggingFaceForward:
                 )
             self.max_length = original if max_length is None else max_length
         self._takes = set(inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters)
-        self._recurrent = bool(_other_layers(model))
-        kind = getattr(config, "model_type", None)
-        self._own_positions = (  # padding in front would move them, or be seen
-            "attention_mask" not in self._takes
-            or _counts_ids(model)
-            or kind in _SEES_PADDING
-            or ("position_ids" not in self._takes and kind not in _FROM_MASK)
-        )
-        self._kept = Kept(_cache_class(model, self._takes), keep) if cache else None
+        self._recurrent = bool(other_layers(model))
+        self._own_positions = cannot_be_told_of_padding(model, self._takes)
+        self._kept = Kept(cache_class(model, self._takes), keep) if cache else None
         self._lock = threading.RLock()  # one call at a time: it takes blocks that others have
 
     def __call__(self, input_ids: Tensor) -> Tensor:
@@ -119,16 +118,12 @@ class HuggingFaceForward:
     def check_trees(self) -> None:
         """ValueError for a model that cannot see drafts that branch, however short its rows are."""
         name = type(self.model).__name__
-        if (
-            self._own_positions
-            or "position_ids" not in self._takes
-            or getattr(_text_config(self.model), "alibi", False)
-        ):
+        if self._own_positions or "position_ids" not in self._takes or getattr(text_config(self.model), "alibi", False):
             raise ValueError(
                 f"{name} takes no position_ids that count from 0, or has only a mask of its own, so it cannot see drafts "
                 "that branch: draft without branches"
             )
-        if kinds := _other_layers(self.model):
+        if kinds := other_layers(self.model):
             raise ValueError(
                 f"{name} has layers of {kinds}, which cannot see drafts that branch: draft without branches"
             )
@@ -213,8 +208,8 @@ class HuggingFaceForward:
         return self.model.device if self.model.device.type != "meta" else torch.device("cpu")
 
     def _check_window(self, length: int) -> None:
-        config = _text_config(self.model)
-        windows = {window: getattr(config, window, None) for window in _WINDOWS}
+        config = text_config(self.model)
+        windows = {window: getattr(config, window, None) for window in WINDOWS}
         if not getattr(config, "use_sliding_window", True):
             del windows["sliding_window"]
         window = min((size for size in windows.values() if size is not None), default=length)
@@ -236,60 +231,3 @@ class HuggingFaceForward:
                     f"row {index} holds the id {token} at position {place}, and the vocabulary has {self.vocab_size}; "
                     "does the tokenizer belong to this model?"
                 )
-
-
-def _cache_class(model: Any, takes: set[str]) -> type:
-    """transformers.DynamicCache, from the transformers that the model came with; ValueError for who has no use of it."""
-    reason = ""
-    if kinds := _other_layers(model):
-        reason = f"keeps a state that cannot be wound back to an earlier token ({kinds}): "
-    elif "past_key_values" not in takes:
-        reason = "takes no past_key_values: "
-    elif _counts_ids(model):
-        reason = "counts positions from the ids: "
-    elif getattr(_text_config(model), "is_decoder", None) is False and any(
-        getattr(part, "is_decoder", None) is False for part in model.modules()
-    ):
-        reason = "sees later tokens too: load it with is_decoder=True, or "
-    if reason:
-        raise ValueError(f"{type(model).__name__} {reason}give cache=False, which computes all tokens each time")
-    modules = (sys.modules.get(base.__module__.partition(".")[0]) for base in type(model).__mro__)
-    found = next((module.DynamicCache for module in modules if hasattr(module, "DynamicCache")), None)  # type: ignore[union-attr]
-    if found is None or not hasattr(found(), "layers"):
-        raise ValueError(
-            f"{type(model).__name__} comes with no cache that is understood here: update transformers to 4.56 or newer, "
-            "or give cache=False"
-        )
-    return found
-
-
-def _text_config(model: Any) -> Any:
-    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-
-
-def _length_of_the_same_rope(config: Any) -> int | None:
-    """After how many tokens its rope changes the keys of the first ones; None for one that never does."""
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    of_layers = [rope, *(own for own in rope.values() if isinstance(own, dict))]  # one, or one for each kind of layer
-    changing = [own for own in of_layers if own.get("rope_type", own.get("type")) in _CHANGING]
-    lengths = [own.get("original_max_position_embeddings") for own in changing]
-    lengths += [getattr(config, name, None) for name in ("original_max_position_embeddings", "max_position_embeddings")]
-    return min((int(length) for length in lengths if length), default=0) if changing else None
-
-
-def _other_layers(model: Any) -> str:
-    """Kinds of its layers that are no attention to all or the last tokens, as far as it says; "" for none."""
-    kinds = set(getattr(_text_config(model), "layer_types", None) or ()) - _ATTENTION
-    return ", ".join(sorted(kinds)) or ("recurrent" if getattr(model, "_is_stateful", False) else "")
-
-
-def _counts_ids(model: Any) -> bool:
-    """Whether it finds its positions in the ids, among which an id of padding takes none (RoBERTa)."""
-    name = "create_position_ids_from_input_ids"
-    return any(hasattr(part, name) or hasattr(sys.modules.get(type(part).__module__), name) for part in model.modules())
-
-
-_FROM_MASK = ("bloom", "mpt")  # kinds of models that take no position_ids and find their positions in the mask
-_SEES_PADDING = ("xlm", "flaubert")  # kinds of models whose causal mask forgets the one that they are given
-_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
-_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # names of a bound on who sees whom
