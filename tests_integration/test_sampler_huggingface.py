@@ -72,7 +72,7 @@ WITHOUT_CACHE = {
         is_decoder=True, intermediate_size=48, max_position_embeddings=130, **D
     ),
 }  # fmt: skip
-EAGER = ("bloom", "cpmant", "gpt_neo", "gptj", "mpt", "openai-gpt", "rwkv")
+EAGER = ("bloom", "cpmant", "gpt_neo", "gptj", "mpt", "openai-gpt", "rwkv", "xlnet")
 
 
 def built(config: Any) -> Any:
@@ -491,6 +491,33 @@ def test_a_rope_under_which_the_past_changes_is_held_to_its_length() -> None:
         llm_sampler.from_huggingface(model)(torch.tensor([ids(17)]))
     with pytest.raises(ValueError, match="give at most 16"):
         llm_sampler.from_huggingface(model, max_length=64)
+
+
+@pytest.mark.parametrize(
+    ("config", "cache"),
+    [
+        (WITHOUT_CACHE["roberta, positions from the ids"], False),  # 130, of which 0 and 1 are no token's
+        (
+            transformers.WhisperConfig(
+                d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, encoder_layers=0,
+                max_target_positions=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, **V,
+            ),
+            True,
+        ),
+    ],
+    ids=["roberta", "whisper"],
+)  # fmt: skip
+def test_the_longest_row_is_that_for_which_the_model_has_positions(config: Any, cache: bool) -> None:
+    forward = llm_sampler.from_huggingface(built(config), cache=cache)
+    longest = [3 + token % 90 for token in ids(128)]  # no padding among them
+    check(forward, [longest, longest[:7]])
+    with pytest.raises(ValueError, match="row 0 has 129 tokens, and the model takes 128"):
+        forward(torch.tensor([[*longest, 5]]))
+
+
+def test_a_model_that_needs_no_positions_takes_rows_of_any_length() -> None:
+    model = built(transformers.XLNetConfig(d_model=32, n_layer=2, n_head=4, d_inner=48, **V))  # says -1
+    check(llm_sampler.from_huggingface(model, cache=False), [ids(20), ids(7, 1)])
 
 
 LONG: dict[str, Any] = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[4.0] * 4)

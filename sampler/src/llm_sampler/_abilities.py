@@ -48,6 +48,15 @@ def text_config(model: Any) -> Any:
     return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
 
 
+def position_count(model: Any) -> int | None:
+    """How many tokens it has positions for; None where it does not say, or needs none."""
+    config = text_config(model)
+    length = getattr(config, "max_position_embeddings", None) or getattr(config, "max_target_positions", None) or 0
+    if counts_ids(model):
+        length -= (config.pad_token_id or 0) + 1  # those up to the place of padding are no token's
+    return length if length > 0 else None
+
+
 def length_of_the_same_rope(config: Any) -> int | None:
     """After how many tokens its rope changes the keys of the first ones; None for one that never does."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}

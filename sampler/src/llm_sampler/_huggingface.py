@@ -20,6 +20,7 @@ from ._abilities import (
     cannot_be_told_of_padding,
     length_of_the_same_rope,
     other_layers,
+    position_count,
     text_config,
 )
 from ._kept import Block, Kept
@@ -64,8 +65,7 @@ class HuggingFaceForward:
             raise ValueError(f"{type(model).__name__} is an encoder-decoder; a causal language model is needed")
         self.model = model
         self.vocab_size: int | None = getattr(config, "vocab_size", None)
-        limit: int | None = getattr(config, "max_position_embeddings", None)
-        self.max_length = limit if max_length is None else max_length
+        self.max_length = position_count(model) if max_length is None else max_length
         original = length_of_the_same_rope(config)
         if original is not None:
             if max_length is not None and max_length > original:
