@@ -296,6 +296,23 @@ def test_weights_of_an_expert_to_which_no_token_goes_need_not_be_there(ids):
     assert torch.equal(layer(x, positions_of(0, 2)), expected)
 
 
+@pytest.mark.parametrize("model", ["mixtral", "qwen3_moe"])
+def test_padding_goes_to_no_expert(model):
+    layer: Any = fill(parts(Config.from_hf(MODELS[model]), "0:1"))["mid.00000"]
+    x = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(2))
+    positions = positions_of(0, 4, rows=3)
+    slots = torch.tensor([[0, T, T, T], [0, 1, T, T], [T] * 4])  # the last row idles
+    needed, announced = set(), []
+    layer.experts.announce = needed.update
+    first, second = layer(x[:1, :1], positions[:1, :1]), layer(x[1:2, :2], positions[:1, :2])
+    layer.experts.announce = announced.append
+    together = layer(x, positions, layer.new_cache(3, T + 1), slots=slots, kv_len=4)
+    assert announced == [sorted(needed)]
+    assert len(needed) < 5
+    torch.testing.assert_close(together[:1, :1], first, atol=1e-5, rtol=0)
+    torch.testing.assert_close(together[1:2, :2], second, atol=1e-5, rtol=0)
+
+
 def test_experts_give_the_weighted_sum_over_those_chosen(ids):
     layer: Any = fill(parts(Config.from_hf(MODELS["mixtral"]), "0:1"))["mid.00000"]
     x = torch.randn(7, 32, generator=torch.Generator().manual_seed(2))

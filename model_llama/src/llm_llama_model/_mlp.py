@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from ._config import Config, Routing
 
+NOWHERE = -1  # in place of an expert's number
+
 
 class MLP(nn.Module):
     """Feed-forward network gated by SiLU."""
@@ -51,9 +53,9 @@ class Experts(nn.ModuleList):
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of the experts' outputs: x [N, hidden_size], indices and weights [N, k] -> [N, hidden_size].
 
-        Each expert is called at most once, in the order of their numbers, with all its tokens.
+        Each expert is called at most once, in the order of their numbers, with all its tokens. Those that go `NOWHERE` get 0.
         """
-        self.announce(chosen := indices.unique().tolist())
+        self.announce(chosen := [number for number in indices.unique().tolist() if number != NOWHERE])
         out = torch.zeros_like(x)
         for number in chosen:
             token, choice = (indices == number).nonzero(as_tuple=True)

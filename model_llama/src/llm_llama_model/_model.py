@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._config import Config
-from ._mlp import MLP, Experts, Router
+from ._mlp import MLP, NOWHERE, Experts, Router
 from ._rope import rotate
 
 Cache = tuple[Tensor, Tensor]  # keys and values, each (rows, slots, num_key_value_heads, head_dim)
@@ -42,6 +42,7 @@ class Layer(nn.Module):
 
     A layer with experts names the child that has them in `routed`: weights of its item i, which lie in the part
     `mid.00003/experts.0000i`, are needed in passes in which a token is routed there, once `experts.announce` says so.
+    Padding, which is what has a slot beyond its position, is routed nowhere.
     """
 
     rewind = "any"  # a cache can be rolled back to any length: stale slots are unseen until they are overwritten
@@ -74,7 +75,10 @@ class Layer(nn.Module):
         if self.routed is None:
             return h + self.mlp(normed)
         tokens = normed.flatten(0, 1)  # (B * T, hidden_size)
-        return h + self.experts(tokens, *self.mlp(tokens)).view_as(h)
+        indices, weights = self.mlp(tokens)
+        if slots is not None and mask is None:  # padding does not even see itself
+            indices = indices.masked_fill((slots > positions).reshape(-1, 1), NOWHERE)
+        return h + self.experts(tokens, indices, weights).view_as(h)
 
     def new_cache(
         self, rows: int, slots: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
