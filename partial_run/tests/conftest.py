@@ -77,7 +77,7 @@ class Experts(nn.ModuleList):
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         output = torch.zeros_like(x)
-        chosen = indices.unique().tolist()
+        chosen = indices[indices >= 0].unique().tolist()
         self.announce(chosen)
         for i in chosen:
             token, place = torch.where(indices == i)
@@ -86,7 +86,7 @@ class Experts(nn.ModuleList):
 
 
 class RoutedLayer(Layer):
-    """Each token goes to two of eight experts after the attention."""
+    """Each token goes to two of eight experts after the attention, padding to none."""
 
     routed = "experts"
 
@@ -95,9 +95,11 @@ class RoutedLayer(Layer):
         self.gate = nn.Linear(HIDDEN, 8)
         self.experts = Experts(Expert() for _ in range(8))
 
-    def forward(self, x, positions, cache=None, **kwargs):
-        x = super().forward(x, positions, cache, **kwargs)
+    def forward(self, x, positions, cache=None, *, slots=None, kv_len=None, mask=None):
+        x = super().forward(x, positions, cache, slots=slots, kv_len=kv_len, mask=mask)
         weights, indices = self.gate(x).softmax(-1).topk(2)
+        if slots is not None and mask is None:
+            indices = indices.masked_fill((slots > positions)[..., None], -1)
         return x + self.experts(x.flatten(0, 1), indices.flatten(0, 1), weights.flatten(0, 1)).view_as(x)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 import time
@@ -31,6 +32,20 @@ def decode(run: PartialRun, steps: int = 6) -> list[Tensor]:
         logits.append(run.forward.last_logits(ids, torch.full((2,), ids.shape[1])))
         ids = torch.cat([ids, logits[-1].argmax(-1)], dim=1)
     return logits
+
+
+def announced(run: PartialRun) -> list[list[int]]:
+    """What the layers announce from now on, one entry for each call of a layer."""
+    log: list[list[int]] = []
+
+    def logged(own: Any, chosen: list[int]) -> None:
+        log.append(chosen)
+        own(chosen)
+
+    for part in run.parts.values():
+        if hasattr(part, "routed"):
+            part.experts.announce = functools.partial(logged, part.experts.announce)
+    return log
 
 
 def test_every_budget_from_the_smallest_to_everything_gives_the_same_bits(routed_toy):
@@ -72,6 +87,40 @@ def test_a_decode_reads_no_expert_that_nobody_is_sent_to(routed_toy):
         )
         read = run.stats.bytes_read - before - run.plan.streamed - 32 * 4  # a row of the embedding
         assert 0 < read <= 20 * 2 * expert
+
+
+GROWN = {
+    "rows between them idle": {0: 1, 7: 1},
+    "short rows beside a long one": {row: 13 if row == 5 else 1 for row in range(8)},
+}
+
+
+@pytest.mark.parametrize("grown", GROWN.values(), ids=GROWN)
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_nothing_is_read_for_idle_rows_and_padding(routed_toy, tmp_path, grown, on_disk):
+    ids = torch.randint(96, (8, 40), generator=torch.Generator().manual_seed(1))
+    before, after = torch.full((8,), 20), torch.tensor([20 + tokens for tokens in grown.values()])
+    budget: dict[str, Any] = BUDGET | dict(rows=8, context=40, dtype=torch.float64, spill=tmp_path)  # fp64: no ties
+    with pytest.raises(BudgetError) as refused:
+        plan(routed_toy.parts(), routed_toy.store, memory=1, **budget)
+    memory = refused.value.smallest + (0 if on_disk else 4 << 20)
+    with PartialRun(routed_toy.parts(), routed_toy.store, memory=memory, **budget) as run:
+        assert (run.plan.spilled > 0) == on_disk
+        assert run.plan.expert_slots > 0
+        run.forward.last_logits(ids[:, :20], before)
+        wanted = announced(run)
+        together = run.forward.last_logits(ids[list(grown)], after)
+        read = [set(chosen) for chosen in wanted]
+
+    needed: list[set[int]] = [set() for _ in read]
+    with PartialRun(routed_toy.parts(), routed_toy.store, memory=memory, **budget) as run:
+        for row, length, logits in zip(grown, after.tolist(), together, strict=True):
+            run.forward.last_logits(ids[row : row + 1, :20], before[:1])
+            wanted = announced(run)
+            alone = run.forward.last_logits(ids[row : row + 1], torch.tensor([length]))
+            needed = [known | set(chosen) for known, chosen in zip(needed, wanted, strict=True)]
+            torch.testing.assert_close(logits, alone[0], atol=1e-8, rtol=0)
+    assert read == needed
 
 
 def test_experts_that_stay_are_not_read_again(routed_toy):

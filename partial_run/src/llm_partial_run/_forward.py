@@ -104,11 +104,10 @@ class Forward:
         for at in range(0, width, step):
             part = ids[:, at : at + step]
             natural = starts[:, None] + torch.arange(at, at + part.shape[1])  # [R, step]
-            spare = natural >= ends[:, None]  # padding, right of a row's end
-            beyond = spare & (natural >= plan.context) | (ends == 0)[:, None]
-            positions = torch.where(beyond, 0, natural)
-            slots = torch.where(beyond, plan.context, natural) if beyond.any() else None
-            row, column = torch.where(~spare & (natural >= first_wanted))
+            padding = natural >= ends[:, None]  # right of a row's end, and all of an idle row
+            positions = natural.masked_fill(padding, 0)
+            slots = natural.masked_fill(padding, plan.context) if padding.any() else None
+            row, column = torch.where(~padding & (natural >= first_wanted))
 
             def collect(x: Tensor, row: Tensor = row, column: Tensor = column, natural: Tensor = natural) -> Tensor:
                 nonlocal wanted
