@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -20,7 +22,7 @@ from transformers import (
 
 import llm_llama_model as llama
 import llm_sepweight
-from families import LL, VARIANTS, Ours, assert_near, but, edit_config, save, theirs
+from families import LL, MIXTURES, VARIANTS, Ours, assert_near, but, edit_config, save, theirs
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +96,20 @@ def test_large_mixtures_have_the_parameters_that_transformers_gives_them(config:
         expected = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     modules = llama.parts(llama.Config.from_hf(json.loads(config.to_json_string(use_diff=False))))
     assert sum(p.numel() for module in modules.values() for p in module.parameters()) == expected
+
+
+@pytest.mark.parametrize("variant", MIXTURES)
+def test_a_router_in_bf16_chooses_and_weighs_as_that_of_transformers_to_the_last_bit(
+    tmp_path: Path, variant: str
+) -> None:
+    path = save(MIXTURES[variant](), tmp_path)
+    ours: Any = Ours(path, dtype=torch.bfloat16).parts["mid.00001"].mlp
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    theirs = model.model.layers[1].mlp.gate
+    x = torch.randn(512, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
+    with torch.inference_mode():
+        _, weights, chosen = theirs(x)
+        assert_close(ours(x), (chosen, weights), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe"])

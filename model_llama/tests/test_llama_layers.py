@@ -327,6 +327,39 @@ def test_experts_give_the_weighted_sum_over_those_chosen(ids):
         torch.testing.assert_close(layer.experts(x, indices, weights)[token], alone, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("model", "dtype", "accuracy"),
+    [
+        (MODELS["mixtral"], torch.float32, 1e-6),
+        (MODELS["qwen3_moe"] | {"norm_topk_prob": True}, torch.bfloat16, 2**-8),  # one rounding
+        (MODELS["qwen3_moe"], torch.bfloat16, 2**-8),
+    ],
+    ids=["mixtral", "qwen3_moe", "qwen3_moe, weights as they are"],
+)
+def test_weights_of_experts_in_bf16_are_computed_in_fp32_and_rounded_at_the_end_or_not_at_all(model, dtype, accuracy):
+    config = Config.from_hf(model)
+    layer: Any = fill(parts(config, "0:1"), torch.bfloat16)["mid.00000"]
+    x = torch.randn(512, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
+    probabilities = layer.mlp.gate(x).double().softmax(-1)
+    indices, weights = layer.mlp(x)
+    expected = probabilities.gather(-1, indices)
+    assert torch.equal(expected, probabilities.topk(2).values)
+    if config.routing is not None and config.routing.norm_topk_prob:
+        expected = expected / expected.sum(-1, keepdim=True)
+    assert weights.dtype == dtype
+    assert ((weights.double() - expected).abs() <= accuracy * expected).all()
+
+
+def test_an_experts_output_in_bf16_is_weighted_before_it_is_rounded_again():
+    experts: Any = fill(parts(Config.from_hf(MODELS["mixtral"]), "0:1"), torch.bfloat16)["mid.00000"].experts
+    for number in range(5):
+        experts[number] = nn.Identity()
+    generator = torch.Generator().manual_seed(2)
+    x, weights = torch.randn(9, 32, generator=generator).bfloat16(), torch.rand(9, 2, generator=generator)
+    first, second = ((x.float() * weights[:, i, None]).bfloat16() for i in range(2))
+    assert torch.equal(experts(x, torch.tensor([[1, 3]]).expand(9, 2), weights), first + second)
+
+
 def test_a_dense_layer_says_that_nothing_of_it_is_routed():
     layers: Any = parts(Config.from_hf(MODELS["qwen3_moe"]), "0:2")
     assert [layer.routed for layer in layers.values()] == ["experts", None]
