@@ -6,12 +6,16 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+
+import llm_llama_model
 
 BENCH = Path(__file__).parent.parent / "bench"
 sys.path.append(str(BENCH))
@@ -168,16 +172,29 @@ def test_layers_of_a_bloom_are_measured_at_real_size_and_deleted(tmp_path: Path)
 
 def test_a_mixture_reads_the_experts_that_are_wanted_and_absent(tmp_path: Path) -> None:
     command = [sys.executable, BENCH / "mixture.py", "--shape", "tiny", "--dir", tmp_path, "--tokens", "3"]
-    command += ["--memory", "smallest", "--json", tmp_path / "results.json"]
+    command += ["--warm-up", "2", "--memory", "smallest", "--json", tmp_path / "results.json"]
     subprocess.run(command, capture_output=True, text=True, check=True)
     (run,) = json.loads((tmp_path / "results.json").read_text())["runs"]
     assert 0 < run["read_per_token"] < run["read_by_whole_layers"]
     assert 0 <= run["hits"] < 1
+    assert 0 < run["held"] < 1
+
+
+def test_the_measured_mixture_has_no_favourites_whatever_its_router_says() -> None:
+    config = llm_llama_model.Config.from_hf(mixture.SHAPES["tiny"].config)
+    router: Any = llm_llama_model.parts(config, "0:1")["mid.00000"].get_submodule("mlp")
+    router.gate.weight = torch.nn.Parameter(torch.eye(8, 256))
+    uses = mixture.send_evenly(router, seed=0)
+    chosen, _ = router(torch.arange(256.0).repeat(1000, 1))  # the same for all tokens, as if it were what they share
+    assert all(len(set(pair)) == 2 for pair in chosen.tolist())
+    assert uses == Counter(chosen.flatten().tolist())
+    assert mixture.used_most([uses], experts=8) == pytest.approx(0.25, abs=0.03)
+    assert mixture.used_most([Counter({2: 6, 5: 2, 7: 2})], experts=8) == 0.8
 
 
 def test_what_is_said_of_the_measured_mixture_elsewhere_is_what_its_bench_says() -> None:
     bench, package = ((BENCH.parent / name / "README.md").read_text() for name in ("bench", "partial_run"))
-    (said,) = re.findall(r"Mixtral's shape with a random router[^`]*", package)
+    (said,) = re.findall(r"Mixtral's shape without favourites[^`]*", package)
     (table,) = re.findall(r"bench/mixture\.py .*?\n\n## ", bench, re.DOTALL)
     assert set(re.findall(r"\d+\.\d+", said)) <= set(re.findall(r"\d+\.\d+", table))
     size = f"{mixture.SHAPES['small'].nbytes / 1e9:.1f} GB"
