@@ -21,6 +21,7 @@ LAYERS, EXPERTS, PER_TOKEN = 4, 16, 2
 
 Key = tuple[int, int]  # layer, expert
 Trace = list[list[list[int]]]  # token, layer -> the experts chosen
+Rule = Callable[[Trace, int], list[bool]]  # a trace, and how many slots there are -> of each use, whether it was a hit
 
 
 def read_trace(path: Path) -> Trace:
@@ -66,66 +67,65 @@ def trained_trace(steps: int, tokens: int) -> Trace:
     return trace
 
 
-def lru(trace: Trace, slots: int) -> float:
+def lru(trace: Trace, slots: int) -> list[bool]:
     """The least recently used goes, whichever its layer."""
     kept: OrderedDict[Key, None] = OrderedDict()
-    hits = 0
+    hits = []
     for key in _keys(trace):
-        hits += key in kept
+        hits.append(key in kept)
         kept[key] = None
         kept.move_to_end(key)
         if len(kept) > slots:
             kept.popitem(last=False)
-    return hits / _uses(trace)
+    return hits
 
 
-def lru_per_layer(trace: Trace, slots: int) -> float:
+def lru_per_layer(trace: Trace, slots: int) -> list[bool]:
     """Each layer has its share of the slots, and the least recently used of the layer goes."""
     shares = [slots // LAYERS + (i < slots % LAYERS) for i in range(LAYERS)]
-    return sum(
-        lru([[token[i]] for token in trace], share) * _uses(trace) / LAYERS for i, share in enumerate(shares)
-    ) / _uses(trace)
+    layers = [lru([[token[i]] for token in trace], share) for i, share in enumerate(shares)]
+    return [hit for use in zip(*layers, strict=True) for hit in use]
 
 
-def lfu(fading: float) -> Callable[[Trace, int], float]:
+def lfu(fading: float) -> Rule:
     """The one used least goes, where a use counts `fading` times less with each token."""
 
-    def hit_rate(trace: Trace, slots: int) -> float:
+    def rule(trace: Trace, slots: int) -> list[bool]:
         kept: set[Key] = set()
         score: dict[Key, float] = {}
-        hits = 0
+        hits = []
         for t, token in enumerate(trace):
-            for layer, experts in enumerate(token):
-                for expert in experts:
-                    key = layer, expert
-                    now = -t * math.log(fading)
-                    before = score.get(key, -math.inf)
-                    score[key] = now + math.log1p(math.exp(before - now))
-                    hits += key in kept
-                    kept.add(key)
-                    if len(kept) > slots:
-                        kept.remove(min(kept - {key}, key=score.__getitem__))
-        return hits / _uses(trace)
+            for key in _keys([token]):
+                now = -t * math.log(fading)
+                before = score.get(key, -math.inf)
+                score[key] = now + math.log1p(math.exp(before - now))
+                hits.append(key in kept)
+                kept.add(key)
+                if len(kept) > slots:
+                    kept.remove(min(kept - {key}, key=score.__getitem__))
+        return hits
 
-    return hit_rate
+    return rule
 
 
-def pinned(trace: Trace, slots: int) -> float:
-    """Those used most in the first half stay for ever; the second half is counted."""
-    half = len(trace) // 2
-    favourites = {key for key, _ in Counter(_keys(trace[:half])).most_common(slots)}
-    return sum(key in favourites for key in _keys(trace[half:])) / _uses(trace[half:])
+def pinned(trace: Trace, slots: int) -> list[bool]:
+    """Those used most in the first half stay for ever."""
+    favourites = {key for key, _ in Counter(_keys(trace[: len(trace) // 2])).most_common(slots)}
+    return [key in favourites for key in _keys(trace)]
+
+
+def hit_rate(rule: Rule, trace: Trace, slots: int) -> float:
+    """The share of hits in the second half, to which the first has warmed all rules."""
+    hits = rule(trace, slots)
+    counted = hits[len(list(_keys(trace[: len(trace) // 2]))) :]
+    return sum(counted) / len(counted)
 
 
 def _keys(trace: Trace) -> Iterable[Key]:
     return ((layer, expert) for token in trace for layer, experts in enumerate(token) for expert in experts)
 
 
-def _uses(trace: Trace) -> int:
-    return sum(len(experts) for token in trace for experts in token)
-
-
-RULES: dict[str, Callable[[Trace, int], float]] = {
+RULES: dict[str, Rule] = {
     "LRU": lru,
     "LRU, per layer": lru_per_layer,
     "LFU": lfu(1.0),
@@ -149,7 +149,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     trace = read_trace(TRACE)
     print(f"trace: {len(trace)} tokens, {LAYERS} layers, {PER_TOKEN} of {EXPERTS} experts\n")
     shares = (0.2, 0.35, 0.5, 0.75)
-    rates = {name: [rule(trace, round(share * LAYERS * EXPERTS)) for share in shares] for name, rule in RULES.items()}
+    rates = {
+        name: [hit_rate(rule, trace, round(share * LAYERS * EXPERTS)) for share in shares]
+        for name, rule in RULES.items()
+    }
     print(f"{'hits, with slots for':<24}" + "".join(f"{share:>8.0%}" for share in shares))
     for name, row in rates.items():
         print(f"{name:<24}" + "".join(f"{rate:>8.1%}" for rate in row))

@@ -210,6 +210,15 @@ def test_the_recorded_choices_of_experts_give_the_table_of_the_readme(tmp_path: 
     assert shown == {name: [f"{100 * rate:.1f} %" for rate in rates[name]] for name in shown}
 
 
+def test_all_rules_are_counted_on_the_second_half_alone_which_finds_them_warm() -> None:
+    cold = [[[2 * (t % 8), 2 * (t % 8) + 1]] * experts.LAYERS for t in range(8)]  # each expert once
+    settled = [[[0, 1]] * experts.LAYERS for _ in range(8)]
+    slots = experts.LAYERS * experts.EXPERTS
+    for name, rule in experts.RULES.items():
+        assert experts.hit_rate(rule, cold + settled, slots) == 1, name
+        assert experts.hit_rate(rule, settled + cold, 2 * experts.LAYERS) == 1 / 8, name
+
+
 def test_choices_of_experts_are_read_as_they_were_written(tmp_path: Path) -> None:
     trace = [[[3, 15], [0, 7]], [[1, 2], [10, 11]]]
     experts.write_trace(trace, tmp_path / "trace.txt")
