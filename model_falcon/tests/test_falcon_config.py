@@ -140,6 +140,18 @@ def test_keys_that_change_nothing_at_inference_are_ignored():
             {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
             "'partial_rotary_factor' means nothing",
         ),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_parameters and rope_scaling disagree",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "default", "type": "linear", "factor": 2.0}},
+            "'default' and type 'linear' disagree",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "default", "factor": 2.0}},
+            "rope_scaling: 'factor' means nothing to rope_type 'default'",
+        ),
         ({"rope_theta": "1e4"}, "rope_theta .*'1e4'"),
     ],
 )

@@ -176,14 +176,20 @@ def _separate_layernorms(config: Mapping[str, Any], *, new: bool) -> bool:
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, float]:
     """Base and divisor of the frequencies, from `rope_parameters` or the older `rope_theta` with `rope_scaling`."""
-    name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    rope = config.get(name) or {}
+    given = [(name, config[name]) for name in ("rope_parameters", "rope_scaling") if config.get(name)]
+    if len(given) == 2 and given[0][1] != given[1][1]:
+        raise ValueError("rope_parameters and rope_scaling disagree; keep the one that is meant")
+    name, rope = given[0] if given else ("rope_parameters", {})
     if not isinstance(rope, Mapping):
         raise ValueError(f"{name} must be a mapping, got {rope!r}")
-    rope_type = rope.get("rope_type", rope.get("type")) or "default"
+    spelled = [rope[key] for key in ("rope_type", "type") if rope.get(key) is not None]
+    if len(spelled) == 2 and spelled[0] != spelled[1]:
+        raise ValueError(f"{name}: rope_type {spelled[0]!r} and type {spelled[1]!r} disagree")
+    rope_type = spelled[0] if spelled else "default"
     if rope_type not in ("default", "linear"):
         raise ValueError(f"{name}: rope_type {rope_type!r} is not supported, only 'default' and 'linear'")
-    if unknown := sorted(rope.keys() - {"rope_type", "type", "rope_theta", "factor"}):
+    known = {"rope_type", "type", "rope_theta"} | ({"factor"} if rope_type == "linear" else set())
+    if unknown := sorted(rope.keys() - known):
         raise ValueError(f"{name}: {unknown[0]!r} means nothing to rope_type {rope_type!r}")
     theta = _positive(config if rope.get("rope_theta") is None else rope, "rope_theta", 10000.0)
     return theta, _positive(rope, "factor") if rope_type == "linear" else 1.0
