@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig
 
 import llm_sepweight
 from families import VARIANTS, Ours, assert_near, family_of, save, theirs
@@ -85,6 +87,13 @@ def test_a_tied_matrix_that_is_stored_as_the_head_alone_is_the_embedding_too(
     assert_near(Ours(path)(ids), expected)
     llm_sepweight.split(path, split, layout=family_of(path).layout)
     assert torch.equal(Ours(split)(ids), Ours(path)(ids))
+
+
+def test_a_missing_eos_token_id_means_what_it_means_to_transformers(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    config.pop("eos_token_id", None)
+    meant = AutoConfig.for_model(**config).eos_token_id
+    assert family_of(checkpoint).Config.from_hf(config).eos_ids == (() if meant is None else (meant,))
 
 
 def test_parts_from_ranges_compose_to_the_whole(checkpoint: Path, ids: Tensor) -> None:

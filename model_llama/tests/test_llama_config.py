@@ -33,6 +33,24 @@ def test_eos_ids_are_a_tuple_whatever_config_json_holds(value, ids):
     assert read(eos_token_id=value).eos_ids == ids
 
 
+@pytest.mark.parametrize(
+    ("model_type", "ids"),
+    [
+        ("llama", (2,)),
+        ("Yi", (2,)),
+        ("mistral", (2,)),
+        ("mixtral", (2,)),
+        ("qwen2", ()),
+        ("qwen3", ()),
+        ("qwen3_moe", ()),
+    ],
+)
+def test_a_missing_eos_token_id_means_what_the_class_says_and_null_means_none(model_type, ids):
+    model = {"model_type": model_type, "num_key_value_heads": 2}
+    assert read(**model).eos_ids == ids
+    assert read(**model, eos_token_id=None).eos_ids == ()
+
+
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_both_spellings_of_the_dtype_are_read(key):
     assert read(**{key: "bfloat16"}).dtype == "bfloat16"

@@ -10,9 +10,14 @@ from ._rope import Rope
 
 # What a missing key means differs from one model_type to the next.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "Yi": {"max_position_embeddings": 4096},
-    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "llama": {"max_position_embeddings": 2048, "eos_token_id": 2},
+    "Yi": {"max_position_embeddings": 4096, "eos_token_id": 2},
+    "mistral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "eos_token_id": 2,
+    },
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
     "mixtral": {
@@ -21,6 +26,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-5,
         "rope_theta": 1e6,
         "num_experts_per_tok": 2,
+        "eos_token_id": 2,
     },
     "qwen3_moe": {
         "max_position_embeddings": 32768,
