@@ -157,6 +157,23 @@ def test_layout_refuses_an_expert_that_the_model_does_not_have(model, key, named
         layout(key, MODELS[model])
 
 
+def test_layout_reads_a_config_once_for_all_keys_and_again_once_it_has_changed(monkeypatch):
+    config, read = TINY | {"num_hidden_layers": 3, "rope_parameters": {"rope_theta": 1e4}}, []
+    from_hf = Config.from_hf
+    monkeypatch.setattr(Config, "from_hf", lambda config: read.append(config) or from_hf(config))
+    for i in range(3):
+        layout(f"model.layers.{i}.mlp.up_proj.weight", config)
+    assert len(read) == 1
+    config["num_hidden_layers"] = 2
+    with pytest.raises(ValueError, match="has 2 layers"):
+        layout("model.layers.2.mlp.up_proj.weight", config)
+    config["rope_parameters"]["rope_theta"] = "1e4"
+    with pytest.raises(ValueError, match="'1e4'"):
+        layout("model.norm.weight", config)
+    with pytest.raises(ValueError, match="tie_word_embeddings must be true or false"):
+        layout("model.norm.weight", TINY | {"tie_word_embeddings": 1})
+
+
 def test_layout_sends_a_tied_embedding_to_both_ends_and_a_stored_head_the_other_way_round():
     tied = MODELS["tied"]
     places = [("begin", "embed_tokens.weight"), ("end", "lm_head.weight")]

@@ -14,6 +14,7 @@ ALWAYS = (*QKV, "self_attn.o_proj", "input_layernorm", "post_attention_layernorm
 YI_NORMS = {"ln1.weight": "input_layernorm.weight", "ln2.weight": "post_attention_layernorm.weight"}  # first uploads
 EXPERT = re.compile(r"(?:mlp|block_sparse_moe)\.experts\.([0-9]+)\.(\w+)\.weight")
 FUSED = re.compile(r"(?:mlp|block_sparse_moe)\.experts\.(?:gate_up_proj|down_proj)")
+READ: dict[str, Config] = {}  # the last config.json, as text -> what it says; a mixture has tens of thousands of keys
 MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 COMPUTED = "self_attn.rotary_emb.inv_freq"  # stored by old versions of transformers, computed here
 
@@ -32,7 +33,7 @@ def layout(key: str, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     >>> layout("model.embed_tokens.weight", llama)
     [('begin', 'embed_tokens.weight'), ('end', 'lm_head.weight')]
     """
-    known = Config.from_hf(config)
+    known = _known(config)
     if key == "model.embed_tokens.weight":
         head = [("end", "lm_head.weight")] if known.tie_word_embeddings else []
         return [("begin", "embed_tokens.weight"), *head]
@@ -66,6 +67,16 @@ def layout(key: str, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     if name not in _layer_names(known, layer):
         raise ValueError(f"checkpoint key {key!r} has no place in layer {layer} of this {known.model_type!r} model")
     return [(f"mid.{layer:05d}", name)]
+
+
+def _known(config: Mapping[str, Any]) -> Config:
+    """What a config.json says, read anew only where it is not that of the key before, or was changed in between."""
+    text = repr(dict(config))
+    if (known := READ.get(text)) is None:
+        known = Config.from_hf(config)
+        READ.clear()
+        READ[text] = known
+    return known
 
 
 def _expert(key: str, layer: int, expert: int, name: str, num_experts: int) -> tuple[str, str]:
