@@ -67,6 +67,23 @@ def test_a_range_of_layers_has_its_caches_where_the_plan_has_them(toy, tmp_path)
     assert torch.equal(*outputs)
 
 
+def test_caches_on_disk_go_when_nobody_has_them_any_more_or_when_they_or_the_run_are_closed(toy, tmp_path):
+    with toy.run(toy.smallest(), spill=tmp_path) as run:
+        files = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            caches = run.new_caches()
+            run(torch.tensor([[5, 6, 7]] * 3), None, caches)
+            assert len(os.listdir("/proc/self/fd")) == files + 1
+            del caches
+        assert len(os.listdir("/proc/self/fd")) == files
+        closed, left = run.new_caches(), run.new_caches()
+        closed.close()
+        assert len(os.listdir("/proc/self/fd")) == files + 1
+    closed.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        left.read("mid.00000", range(1), 1, fresh=False)
+
+
 def test_a_row_that_idles_between_others_keeps_its_caches_on_disk(toy, tmp_path):
     a, b, c = [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]
     budget: dict[str, Any] = dict(

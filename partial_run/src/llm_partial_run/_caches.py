@@ -6,6 +6,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class SpilledCaches:
         )  # each [rows, slots, ...]
         self.bytes_read = 0
         self._file, self._direct = _unlinked(directory, self._layer_nbytes * len(layers))
+        self._let_go = weakref.finalize(self, os.close, self._file)
 
     def like(self, part: str) -> tuple[Tensor, ...]:
         """Tensors [rows, slots, ...] as those of the part; none where it has no caches here."""
@@ -95,7 +97,8 @@ class SpilledCaches:
             self.write(part, range(target, target + 1), torch.tensor([[0, slots - 1]]))
 
     def close(self) -> None:
-        os.close(self._file)
+        """Give the disk back, as happens when nobody has these any more. A second time it does nothing."""
+        self._let_go()
         self._file = -1  # the number is the next file's
 
     def __enter__(self) -> SpilledCaches:

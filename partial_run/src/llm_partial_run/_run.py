@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +100,7 @@ class PartialRun:
         self._forward: Forward | None = None
         self._passing: threading.Thread | None = None  # in which a pass is under way
         self._closed = False
+        self._on_disk: WeakSet[SpilledCaches] = WeakSet()
         self._opened = ExitStack()
         self._weights = Weights(self.parts, self._store, self._model, self.plan, self.device, progress)
         self._opened.callback(self._weights.close)
@@ -212,13 +214,14 @@ class PartialRun:
     def new_caches(self, rows: int | None = None, slots: int | None = None) -> Caches | SpilledCaches:
         """Keys and values for each layer, zeroed and written in place.
 
-        For the planned rows and context, in memory or on disk as the plan says. Of other sizes, which the plan does not
-        count, always in memory: part -> tensors [rows, slots, ...].
+        For the planned rows and context, in memory or on disk as the plan says, which counts them once. Of other sizes,
+        which it does not count, always in memory: part -> tensors [rows, slots, ...].
         """
         layers: dict[str, Any] = {part: module for part, module in self.parts.items() if hasattr(module, "new_cache")}
         if rows is None and slots is None and self.plan.spilled:
             caches = SpilledCaches(layers, self.plan.rows, self.plan.context + 1, self.plan.dtype, self._spill)
-            return self._opened.enter_context(caches)
+            self._on_disk.add(caches)
+            return caches
         rows, slots = rows or self.plan.rows, slots or self.plan.context + 1
         return {
             part: module.new_cache(rows, slots, dtype=self.plan.dtype, device=self.device)
@@ -236,6 +239,8 @@ class PartialRun:
         self._weights.stop()  # so that a pass in another thread, which has the lock, does not wait for slices
         with self.lock:
             self._opened.close()
+            for caches in list(self._on_disk):
+                caches.close()
             self._forward = None
 
     @contextmanager
