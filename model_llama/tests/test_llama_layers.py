@@ -311,6 +311,8 @@ def test_padding_goes_to_no_expert(model):
     assert len(needed) < 5
     torch.testing.assert_close(together[:1, :1], first, atol=1e-5, rtol=0)
     torch.testing.assert_close(together[1:2, :2], second, atol=1e-5, rtol=0)
+    alone = layer(x, positions)  # without a cache no slot means anything
+    assert torch.equal(layer(x, positions, slots=positions + T), alone)
 
 
 def test_experts_give_the_weighted_sum_over_those_chosen(ids):

@@ -76,7 +76,7 @@ class Layer(nn.Module):
             return h + self.mlp(normed)
         tokens = normed.flatten(0, 1)  # (B * T, hidden_size)
         indices, weights = self.mlp(tokens)
-        if slots is not None and mask is None:  # padding does not even see itself
+        if cache is not None and slots is not None and mask is None:  # padding does not even see itself
             indices = indices.masked_fill((slots > positions).reshape(-1, 1), NOWHERE)
         return h + self.experts(tokens, indices, weights).view_as(h)
 
