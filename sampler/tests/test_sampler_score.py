@@ -315,3 +315,22 @@ def test_what_a_forward_raises_while_it_scores_comes_through_with_a_note_of_what
     ]
     with pytest.raises(IndexError, match="gather_logprobs raised IndexError: no such row. The largest id .* is 7"):
         score(Gathers(), [7], [[2], [3]])
+
+
+@pytest.mark.parametrize(
+    ("context", "continuations", "message"),
+    [
+        (5, [[1]], "context has to be token ids or text, or a sequence of these; it is 5"),
+        (None, [[1]], "context has to be .* it is None"),
+        ([0], None, "continuations has to be .* it is None"),
+        ([[0], [1]], [[[1]], 3], "question 1: continuations has to be .* it is 3"),
+    ],
+)
+def test_what_is_no_sequence_is_named(context, continuations, message):
+    with pytest.raises(TypeError, match=message):
+        score(Forward(), context, continuations)
+
+
+def test_ids_may_come_as_anything_that_gives_them_one_by_one():
+    expected = score(Forward(), [0, 3], [[1, 2], [4]])
+    assert score(Forward(), {0: "a", 3: "b"}.keys(), iter([[1, 2], [4]])) == expected

@@ -133,7 +133,7 @@ def score(
         [2, 2]
     """
     forward, end_id = Forward(forward_func), plain(end_id)
-    context, continuations = _held(context), _held(continuations)
+    context, continuations = _held(context, "context"), _held(continuations, "continuations")
     one = _is_one(context)
     contexts: list[Any] = [context] if one else list(context)
     choices: list[Any] = [continuations] if one else list(continuations)
@@ -149,8 +149,9 @@ def score(
         baseline = _baseline(baseline, encode, begin_ids)
     requests: list[Request] = []
     texts: list[list[str | None]] = []  # of each continuation, for each question
-    for question, (own_context, own_choices) in enumerate(zip(contexts, map(_held, choices), strict=True)):
+    for question, (own_context, own_choices) in enumerate(zip(contexts, choices, strict=True)):
         where = "" if one else f"question {question}: "
+        own_choices = _held(own_choices, f"{where}continuations")
         ids, targets = own_context, own_choices
         texts.append([None] * len(own_choices))
         if isinstance(own_context, str):
@@ -213,7 +214,7 @@ def multiple_choice(
         raise ValueError("by='pmi' compares with a baseline; give one, such as baseline=[begin-of-text id]")
     if by in ("per_character", "per_byte") and options.get("encode") is None:
         raise ValueError(f"by={by!r} counts what text has; give context and choices as text, and encode=")
-    context = _held(context)
+    context = _held(context, "context")
     one = _is_one(context)
     questions = score(forward_func, context, choices, **options)
     answers = [
@@ -236,9 +237,14 @@ def _choice(scores: list[Score], by: By, where: str) -> Choice:
     return Choice(int(values.argmax()), tuple(scores), tuple(values.softmax(0).tolist()))
 
 
-def _held(values: Any) -> Any:
+def _held(values: Any, name: str) -> Any:
     """What comes one by one, as a list."""
-    return values if hasattr(values, "__len__") else list(values)
+    if hasattr(values, "__getitem__"):
+        return values
+    try:
+        return list(values)
+    except TypeError:
+        raise TypeError(f"{name} has to be token ids or text, or a sequence of these; it is {values!r}") from None
 
 
 def _is_one(context: Any) -> bool:
