@@ -22,9 +22,7 @@ DEFAULT_SHARE = 0.9  # of what is free, where no `memory` is given
 INDEX = 400  # bytes for each token whose prefix is known
 OBJECTS = 320  # bytes for each slice: what Python has to say of it
 MARGIN = 16 << 20  # what no formula counts: holes in the heap, the kernels' scratch memory
-WORTH = (
-    0.95  # of the bytes that are read with the caches in memory: where fewer are with them on disk, they may go there
-)
+WORTH = 0.95  # of what is read with the caches in memory: caches may go to disk where less is read with them there
 WAIT = 1 << 20  # bytes that the disk could give while a pass waits for one row of keys or values to be read or written
 SLACK = 8 << 20  # between the runtimes of two processes that do the same
 

@@ -110,9 +110,7 @@ class Plan:
             lines.append(("weights on device", self.device, f"of {format_bytes(self.device_memory)} device memory"))
             lines.append(("weights pinned", self.host, "in host memory, copied in each pass"))
         if self.spilled:
-            lines.append(
-                ("caches on disk", self.spilled, "what is in use is read in each pass; counted half full below")
-            )
+            lines.append(("caches on disk", self.spilled, "what is in use is read in each pass; half of it, below"))
         lines.append(("read per pass", self.read_per_pass, _pace(self)))
         return "\n".join(f"{name:<18}{format_bytes(size):>11}   {note}" for name, size, note in lines)
 
@@ -146,8 +144,8 @@ def decide(
     :param tokens: tokens that one pass may compute, of the rows * context that there can be. More than go through a layer
         at once hold the layer's streamed slices in the ring until all have passed, so that each is read once. Default:
         `micro_batch`, or 128.
-    :param micro_batch: tokens that go through a layer at once, as a rule `tokens`, up to 256; with routed experts `tokens`, as another micro-batch would
-        read the experts again.
+    :param micro_batch: tokens that go through a layer at once. Default: `tokens`, up to 256. With routed experts it is
+        always `tokens`, as another micro-batch would read the experts again.
     :param cache_nbytes: keys and values of all layers, rows and slots; `cache_part_nbytes`: of the largest layer.
         They go to disk where they do not fit beside the rest; with `spill` wherever they would be.
     :param transient: bytes that loading a part takes for a while.
