@@ -14,7 +14,7 @@ from typing import Any
 
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # as llm_sampler names them, as transformers does
     "greedy": ({"temperature": 0}, {"do_sample": False}),
-    "greedy, tokens only": ({"temperature": 0, "logprobs": False}, {"do_sample": False}),
+    "greedy, logprobs": ({"temperature": 0, "logprobs": True}, {"do_sample": False}),
     "temperature 0.8": ({"temperature": 0.8}, {"do_sample": True, "temperature": 0.8, "top_k": 0}),
     "top-k 50": ({"top_k": 50}, {"do_sample": True, "top_k": 50}),
     "top-p 0.9": ({"top_p": 0.9}, {"do_sample": True, "top_p": 0.9, "top_k": 0}),
@@ -24,8 +24,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # as llm_sampler
         {"top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1},
         {"do_sample": True, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1},
     ),
-    "the same, tokens only": (
-        {"top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1, "logprobs": False},
+    "the same, logprobs": (
+        {"top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1, "logprobs": True},
         {"do_sample": True, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1},
     ),
 }

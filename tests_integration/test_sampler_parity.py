@@ -175,7 +175,8 @@ def test_greedy_text_equals_generate_for_rows_of_different_length(
 
 
 def test_raw_logprobs_equal_the_models(model: transformers.PreTrainedModel) -> None:
-    [row] = llm_sampler.generate(lambda ids: model(ids).logits, PROMPTS[:1], max_new_tokens=8, seed=0, top_k=5)
+    options: dict = {"max_new_tokens": 8, "seed": 0, "top_k": 5, "logprobs": True}
+    [row] = llm_sampler.generate(lambda ids: model(ids).logits, PROMPTS[:1], **options)
     ids = torch.tensor([PROMPTS[0] + list(row.tokens)])
     with torch.no_grad():
         logprobs = model(ids).logits[0, len(PROMPTS[0]) - 1 : -1].log_softmax(-1)

@@ -103,6 +103,7 @@ def test_a_batch_equals_its_rows_alone_in_any_order(rows: list[list[int]], data:
             stop_ids=[stops[i] for i in indices],
             seed=[seeds[i] for i in indices],
             processors=lambda row: own[indices[row]] and own[indices[row]](),
+            logprobs=True,
             **options,
         )
 
@@ -179,7 +180,7 @@ def test_logits_handed_in_are_never_changed() -> None:
 
 def test_raw_logprobs_are_the_models_own_whatever_the_settings() -> None:
     for options in SETTINGS:
-        [row] = generate(Causal(), [[1, 2, 3]], max_new_tokens=5, seed=1, **options)
+        [row] = generate(Causal(), [[1, 2, 3]], max_new_tokens=5, seed=1, logprobs=True, **options)
         ids = torch.tensor([[1, 2, 3, *row.tokens]])
         want = Causal()(ids)[0, 2:-1].log_softmax(-1).gather(-1, ids[0, 3:, None])[:, 0]
         assert row.logprobs == pytest.approx(want.tolist(), abs=1e-5)
@@ -262,8 +263,11 @@ def test_the_most_likely_tokens_are_told_before_and_after_the_stages() -> None:
     [row] = generate(
         lambda ids: logits.expand(*ids.shape, 4), [[0]], max_new_tokens=2, temperature=0.5, top_k=2, top_logprobs=3
     )
+    assert row.logprobs is not None
     assert row.top_logprobs is not None
     assert row.top_processed_logprobs is not None
+    for token, own, top in zip(row.tokens, row.logprobs, row.top_logprobs, strict=True):
+        assert own == dict(top)[token]
     for top, processed in zip(row.top_logprobs, row.top_processed_logprobs, strict=True):
         assert [token for token, _ in top] == [1, 3, 2]
         assert [p for _, p in top] == pytest.approx([math.log(p) for p in (0.4, 0.3, 0.2)])
@@ -297,11 +301,11 @@ def test_a_row_takes_the_same_token_whatever_is_reported_of_it() -> None:
     "options", [{"temperature": 0}, {"mirostat_tau": 2.0}, {"top_p": 0.5, "vocab_size": 5}], ids=str
 )
 def test_without_the_models_own_log_probabilities_all_else_is_the_same(options: dict[str, Any]) -> None:
-    told = generate(Causal(), [[1, 2], [3]], max_new_tokens=9, seed=1, **options)
-    plain = generate(Causal(), [[1, 2], [3]], max_new_tokens=9, seed=1, logprobs=False, **options)
-    assert plain == [dataclasses.replace(row, logprobs=()) for row in told]
-    [step] = sample(Causal(), [[1, 2], [3]], max_new_tokens=1, logprobs=False, **options)
-    assert step.logprobs == ()
+    told = generate(Causal(), [[1, 2], [3]], max_new_tokens=9, seed=1, logprobs=True, **options)
+    plain = generate(Causal(), [[1, 2], [3]], max_new_tokens=9, seed=1, **options)
+    assert plain == [dataclasses.replace(row, logprobs=None) for row in told]
+    [step] = sample(Causal(), [[1, 2], [3]], max_new_tokens=1, **options)
+    assert step.logprobs is None
     assert len(step.processed_logprobs) == 2
 
 

@@ -89,7 +89,6 @@ def flat_logits(ids):
         ([[1]], {"decode": "utf-8"}, "decode must turn token ids into text"),
         ([[1]], {"top_logprobs": -1}, "top_logprobs is -1"),
         ([[1]], {"logprobs": 3}, "logprobs is 3; it must be True or False, and top_logprobs a number"),
-        ([[1]], {"logprobs": False, "top_logprobs": 3}, "top_logprobs are asked for, and logprobs=False"),
         ([[1]], {"order": ["temperature"], "logit_bias": {1: 1.0}}, "logit_bias is set, but order does not name it"),
         ([[1]], {"order": ["temperature"], "xtc_probability": 1}, "xtc is set, but order"),
         ([[1]], {"stop_ids": 9, "vocab_size": 5}, "stop_ids: row 0 holds the id 9, and the vocabulary has 5"),
@@ -159,8 +158,8 @@ def bad(row: int, value: float, every: bool = False, dtype: torch.dtype = torch.
     [
         {},
         {"temperature": 0},
-        {"temperature": 0, "logprobs": False},
-        {"top_k": 3, "top_p": 0.5, "logprobs": False},
+        {"temperature": 0, "logprobs": True},
+        {"top_k": 3, "top_p": 0.5, "logprobs": True},
         {"typical_p": 0.5, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1, "top_n_sigma": 1.0, "min_p": 0.1},
         {"xtc_probability": 1.0, "mirostat_tau": 3.0, "repetition_penalty": 1.5, "frequency_penalty": 0.5},
         {"logit_bias": {1: 1.0}, "allowed_token_ids": range(2), "order": "llama.cpp", "top_logprobs": 3},

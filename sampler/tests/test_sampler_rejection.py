@@ -117,7 +117,14 @@ def test_a_draft_model_is_accepted_as_often_as_the_distributions_overlap() -> No
 
 def test_by_rejection_the_processed_logprobs_are_those_of_the_model_after_its_stages() -> None:
     rows = generate(
-        P, [[0]] * 200, max_new_tokens=3, seed=1, temperature=1.5, drafter=DraftTree(Q, (2, 1)), speculation="rejection"
+        P,
+        [[0]] * 200,
+        max_new_tokens=3,
+        seed=1,
+        temperature=1.5,
+        drafter=DraftTree(Q, (2, 1)),
+        speculation="rejection",
+        logprobs=True,
     )
     warm = (P.logits / 1.5).log_softmax(-1)
     for row in rows:

@@ -65,7 +65,7 @@ class Sampler:
         order: Sequence[str],
         *,
         vocab_size: int | None = None,
-        logprobs: bool = True,
+        logprobs: bool = False,
         top_logprobs: Sequence[int] | None = None,
     ):
         self.table = table
@@ -159,7 +159,7 @@ class Sampler:
         return Step(
             tuple([row.index for row in rows]),
             tokens,
-            logprobs if self._logprobs else (),
+            logprobs if self._logprobs else None,
             processed_logprobs,
             finished,
             texts if rows[0].text is not None else None,
@@ -171,9 +171,7 @@ class Sampler:
         """A sampler for other rows, counted from 0: each has the settings of one in `of`, but no foreign processors."""
         settings = {name: [values[index] for index in of] for name, values in self.settings.items()}
         table = Table(rows, self.table.pad_id, self.table.device)
-        return Sampler(
-            table, settings | {"processors": [()] * len(rows)}, self._order, vocab_size=self.vocab_size, logprobs=False
-        )
+        return Sampler(table, settings | {"processors": [()] * len(rows)}, self._order, vocab_size=self.vocab_size)
 
     def _memory_for(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Two tensors like `values`, the same each time: fresh pages cost more than the work. The second is for scores."""

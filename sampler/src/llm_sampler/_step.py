@@ -15,16 +15,16 @@ class Step:
     """One token for each of `rows`; all fields run parallel to it.
 
     rows: indices into input_ids. logprobs: natural log-probabilities of the tokens under the model itself, which no
-    parameter changes, () with logprobs=False; processed_logprobs: under the distribution that was drawn from. finished:
-    None, or why the row has: "stop" (the token is a stop id), "stop_string", "complete" (a constraint has nothing to
-    add), "length" (it is the last that max_new_tokens allows). texts: what of the row's text is now certain, where
-    sample was given decode.
+    parameter changes, None unless they were asked for; processed_logprobs: under the distribution that was drawn from.
+    finished: None, or why the row has: "stop" (the token is a stop id), "stop_string", "complete" (a constraint has
+    nothing to add), "length" (it is the last that max_new_tokens allows). texts: what of the row's text is now certain,
+    where sample was given decode.
     top_logprobs, top_processed_logprobs: the most likely tokens as (id, log-probability), where they were asked for.
     """
 
     rows: tuple[int, ...]
     tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    logprobs: tuple[float, ...] | None
     processed_logprobs: tuple[float, ...]
     finished: tuple[Finished | None, ...]
     texts: tuple[str, ...] | None = None
@@ -36,12 +36,12 @@ class Step:
 class Completion:
     """All that was generated for one row; `tokens` ends with the stop id where `finished` is "stop".
 
-    logprobs: as in `Step`, () with logprobs=False. text: without what a stop id or a stop string stands for; None unless
+    logprobs: as in `Step`. text: without what a stop id or a stop string stands for; None unless
     sample was given decode.
     """
 
     tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    logprobs: tuple[float, ...] | None
     processed_logprobs: tuple[float, ...]
     finished: Finished
     text: str | None = None
@@ -76,7 +76,7 @@ def collected(steps: Iterable[Step]) -> list[Completion]:
         completions.append(
             Completion(
                 tokens,
-                () if logprobs[0] is None else logprobs,
+                None if logprobs[0] is None else logprobs,
                 processed,
                 finished[-1],
                 None if texts[0] is None else "".join(texts),
