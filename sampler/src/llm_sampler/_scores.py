@@ -93,13 +93,13 @@ class Scores:
                 ids = (index if ids is None else ids.gather(-1, index)).masked_fill_(past, self.vocabulary)
                 values = _take(blocks, chosen)
         keep = values >= threshold
-        width = max(int(keep.sum(-1).amax()), 1)
+        counts = keep.sum(-1)
+        width = max(int(counts.amax()), 1)
         if width == values.shape[-1]:
             return Scores(values, ids, self.vocabulary).masked(keep)
         if width * 2 > values.shape[-1] and ids is None:
             return self.masked(keep)
-        row, column = keep.nonzero(as_tuple=True)
-        place = (keep.cumsum(-1) - 1)[row, column]
+        row, column, place = placed(keep, counts)
         kept = values.new_full((values.shape[0], width), -torch.inf)
         kept[row, place] = values[row, column]
         kept_ids = torch.full_like(kept, self.vocabulary, dtype=torch.long)
@@ -110,6 +110,12 @@ class Scores:
 def peaks_of(values: Tensor) -> Tensor | None:
     """The largest value of each block of candidates [B, N], or None where there are so few that nobody needs it."""
     return _blocks(values).amax(-1) if values.shape[-1] >= _WORTH_BLOCKS else None
+
+
+def placed(keep: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, column, and place among those of its row of all that `keep` [B, K] holds; counts [B]: how many in each row."""
+    row, column = keep.nonzero(as_tuple=True)
+    return row, column, torch.arange(len(row), device=row.device) - (counts.cumsum(-1) - counts)[row]
 
 
 def _blocks(values: Tensor) -> Tensor:
