@@ -126,7 +126,7 @@ def test_what_is_masked_beside_a_rows_candidates_changes_nothing_at_exact_ties(n
 @pytest.mark.parametrize("size", [5003, 8192])
 def test_the_last_id_is_one_candidate_where_a_neighbour_keeps_all_of_its_own(size: int) -> None:
     logits = torch.zeros(2, size)
-    logits[0, 256:320] = logits[0, 576:640] = 9.0  # two whole blocks of candidates
+    logits[0, 256:384] = logits[0, 512:640] = 9.0  # two whole blocks of candidates
     logits[1, size - 1], logits[1, 70] = 20.0, 19.0
     options = {"top_k": 2, "repetition_penalty": 1.1}
     assert differences(logits, options, ["top_k", "repetition_penalty"]) == []

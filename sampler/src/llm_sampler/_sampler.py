@@ -85,6 +85,8 @@ class Sampler:
         Raises ValueError naming row and step where the logits cannot be sampled.
         """
         size = _PART // logits.shape[-1] + 1 if logits.device.type == "cpu" else len(rows)
+        if len(rows) <= size:
+            return self.draw(self.process(logits, rows), [row.uniform() for row in rows])
         drawn: list[Drawn] = []
         for start in range(0, len(rows), size):
             part = rows[start : start + size]

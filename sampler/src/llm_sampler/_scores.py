@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-_BLOCK = 64
+_BLOCK = 128
 _WORTH_BLOCKS = 4096  # below this many candidates a plain pass is as fast
 LOWEST = torch.finfo(torch.float32).min
 
@@ -59,7 +59,7 @@ class Scores:
             highest, block = peaks.max(-1, keepdim=True)  # the first of equals
             if len(values) == 1 and values.device.type == "cpu":  # a number from there costs less than a gather
                 start = int(block) * _BLOCK
-                index = values[:, start : start + _BLOCK].argmax(-1, keepdim=True).add_(start)
+                index = values[:, start : start + _BLOCK].max(-1, keepdim=True).indices + start
             else:
                 index = torch.add(_take(_blocks(values), block).argmax(-1, keepdim=True), block, alpha=_BLOCK)
         else:
