@@ -21,7 +21,7 @@ from ._stages import Apply, chain
 from ._step import Finished, Step, Top
 
 _LOG2_E = math.log2(math.e)
-_PART = 1 << 20  # logits that are worked on at once on a CPU: what they take stays in its cache
+_PART = 1 << 19  # logits that are worked on at once on a CPU: what they take stays in its cache
 
 
 class Drawn(NamedTuple):
