@@ -29,7 +29,7 @@ def counts_of(probabilities: list[float], seed: int) -> list[int]:
     logits = torch.tensor(probabilities).log().expand(DRAWS, -1)
     key = row_key(seed, 0)
     tokens, _ = draw(Scores(logits, None, len(probabilities)), [uniform(key, i) for i in range(DRAWS)])
-    return torch.bincount(tokens, minlength=len(probabilities)).tolist()
+    return torch.bincount(tokens.flatten(), minlength=len(probabilities)).tolist()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -119,13 +119,13 @@ def test_mirostat_meets_the_surprise_that_was_asked_for() -> None:
 def test_the_largest_uniform_takes_the_last_token_with_mass_never_a_masked_one() -> None:
     logits = torch.tensor([[0.0, -math.inf, 1.0, -200.0, -math.inf]])
     for u, token in ((0.0, 0), (1 - 2**-53, 2), (1.0, 2)):
-        assert draw(Scores(logits, None, 5), [u])[0].tolist() == [token]
+        assert draw(Scores(logits, None, 5), [u])[0].tolist() == [[token]]
 
 
 def test_a_uniform_on_a_boundary_takes_the_next_token() -> None:
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0]])
     for u, token in ((0.0, 1), (0.5, 3)):
-        assert draw(Scores(logits, None, 4), [u])[0].tolist() == [token]
+        assert draw(Scores(logits, None, 4), [u])[0].tolist() == [[token]]
 
 
 def test_tail_tokens_of_a_large_vocabulary_are_reached_in_proportion() -> None:

@@ -81,14 +81,15 @@ class DraftTree:
             if not math.isfinite(peak):
                 raise ValueError(f"drafter: row {index}, step {row.step}: the largest logit of its model is {peak}")
         scores = own.process(logits, level).scores
-        drawn = draw(scores, [row.uniform() for row in level])[0].tolist()
+        drawn = draw(scores, [row.uniform() for row in level])[0].flatten().tolist()
         likely = logits[:, : own.vocab_size].topk(min(width, logits.shape[-1])).indices.tolist()
         guesses: list[tuple[list[int], Tensor | None]] = [
             ([first, *(token for token in others if token != first)][:width], None)
             for first, others in zip(drawn, likely, strict=True)
         ]
         if by_chance:
-            samples = [draw(scores, [row.uniform(DRAFT + 2 * i) for row in level])[0].tolist() for i in range(width)]
+            uniforms = [[row.uniform(DRAFT + 2 * i) for row in level] for i in range(width)]
+            samples = [draw(scores, numbers)[0].flatten().tolist() for numbers in uniforms]
             for place in range(len(level)):
                 if own.settings["temperature"][place] > 0:
                     guesses[place] = ([tokens[place] for tokens in samples], probabilities(scores, place, vocabulary))

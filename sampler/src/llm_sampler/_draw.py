@@ -26,7 +26,7 @@ def uniform(key: int, position: int, purpose: int = 0) -> float:
 
 
 def draw(scores: Scores, uniforms: list[float]) -> tuple[Tensor, Tensor]:
-    """One token per row by inverse CDF in float64: token ids [B] and their log-probabilities [B] (float64).
+    """One token per row by inverse CDF in float64: token ids [B, 1] and their log-probabilities [B, 1] (float64).
 
     Candidates are walked in the order of their ids and summed one after the other, so that masked ones change nothing,
     not even a rounding: the outcome is the same whether they were dropped or are -inf. A row without any candidate
@@ -34,7 +34,7 @@ def draw(scores: Scores, uniforms: list[float]) -> tuple[Tensor, Tensor]:
     """
     values, ids = scores.values, scores.ids
     if values.shape[-1] == 1 and ids is not None:
-        return ids.squeeze(-1), (values - values).squeeze(-1)  # 0, or NaN where nothing is left
+        return ids, values - values  # 0, or NaN where nothing is left
     highest = values.amax(-1, keepdim=True)
     cdf = values.double().sub_(highest).exp_().cumsum_(-1)  # in place: fresh pages cost more than the sums
     total = cdf[:, -1:].contiguous()
@@ -42,7 +42,7 @@ def draw(scores: Scores, uniforms: list[float]) -> tuple[Tensor, Tensor]:
     last = torch.searchsorted(cdf, total)  # the last token with mass
     index = torch.minimum(torch.searchsorted(cdf, target, right=True), last).clamp_(max=values.shape[-1] - 1)
     tokens = index if ids is None else ids.gather(-1, index)
-    return tokens.squeeze(-1), (values.gather(-1, index).double() - highest - total.log()).squeeze(-1)
+    return tokens, values.gather(-1, index).double() - highest - total.log()
 
 
 def log_probabilities(values: Tensor) -> Tensor:

@@ -122,16 +122,16 @@ class Sampler:
         return self.drawn(processed, *draw(processed.scores, uniforms))
 
     def drawn(self, processed: Processed, tokens: Tensor, logprobs: Tensor) -> list[Drawn]:
-        """What is said of tokens [B] that have these log-probabilities [B] (float64) after the stages."""
+        """What is said of tokens [B, 1] that have these log-probabilities [B, 1] (float64) after the stages."""
         rows, scores, logits, norm = processed.rows, processed.scores, processed.logits, processed.norm
-        columns = [tokens, processed.highest.squeeze(-1), logprobs]
+        columns = [tokens, processed.highest, logprobs]
         if norm is not None:
-            place = tokens.clamp(max=logits.shape[-1] - 1).unsqueeze(-1)  # where nothing was left, which is told below
-            columns.append((logits.gather(-1, place).float() - processed.highest - norm).squeeze(-1))
+            place = tokens.clamp(max=logits.shape[-1] - 1)  # where nothing was left, which is told below
+            columns.append(logits.gather(-1, place).float() - processed.highest - norm)
         if tokens.device.type == "cpu":
-            chosen, peaks, afters, *raw = (column.tolist() for column in columns)
+            chosen, peaks, afters, *raw = ([value for [value] in column.tolist()] for column in columns)
         else:
-            chosen, peaks, afters, *raw = torch.stack(columns).tolist()  # float64; the one transfer from the device
+            chosen, peaks, afters, *raw = torch.cat(columns, -1).T.tolist()  # float64; the one transfer from the device
         if not math.isfinite(sum(peaks) + sum(afters)):  # in one go: as a rule all are
             index = next(i for i, both in enumerate(zip(peaks, afters, strict=True)) if not math.isfinite(sum(both)))
             raise _error(rows[index], peaks[index], float(scores.values[index].max()))
