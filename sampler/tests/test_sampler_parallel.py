@@ -77,7 +77,8 @@ def test_the_best_come_first_and_none_is_lost(by: Any) -> None:
     plain = generate(table, PROMPTS, n=6, **options)
     for row, ranked in enumerate(best_of(table, PROMPTS, n=6, by=by, **options)):
         assert sorted(c.tokens for c in ranked) == sorted(c.tokens for c in plain[6 * row : 6 * row + 6])
-        values = [sum(c.logprobs) / (len(c.logprobs) if by == "mean" else 1) for c in ranked]
+        logprobs = [c.logprobs or () for c in ranked]
+        values = [sum(own) / (len(own) if by == "mean" else 1) for own in logprobs]
         assert values == sorted(values, reverse=True)
 
 
@@ -96,7 +97,7 @@ def test_the_measures_differ_where_lengths_do() -> None:
 
 
 def test_a_function_ranks_and_the_earlier_sample_goes_first_on_ties() -> None:
-    plain = generate(table, [[1]], n=6, max_new_tokens=4, seed=0)
+    plain = generate(table, [[1]], n=6, max_new_tokens=4, seed=0, logprobs=True)
     [longest] = best_of(table, [[1]], n=6, by=lambda completion: completion.tokens.count(9), max_new_tokens=4, seed=0)
     assert longest == sorted(plain, key=lambda completion: -completion.tokens.count(9))
 

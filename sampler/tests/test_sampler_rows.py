@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llm_sampler import HUGGING_FACE_ORDER, DraftModel, _truncate, generate, sample
+from llm_sampler import HUGGING_FACE_ORDER, DraftModel, _sampler, _truncate, generate, sample
 from llm_sampler._row import History, Row, Table
 from llm_sampler._scores import Scores
 from llm_sampler._stages import STAGES
@@ -121,6 +121,14 @@ def test_what_is_masked_beside_a_rows_candidates_changes_nothing_at_exact_ties(n
             spread[0, places] = values[0]
             survivors.append(survivors_of(name, spread, setting, one)[places].tolist())
         assert survivors == [survivors[0]] * len(survivors)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_k": 9, "repetition_penalty": 2.0}], ids=str)
+def test_rows_that_are_worked_on_part_by_part_are_those_alone(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_sampler, "_PART", 2 * 23)  # three rows at once
+    assert differences(whole_logits(11, 23, seed=0), options) == []
 
 
 @pytest.mark.parametrize("size", [5003, 8192])

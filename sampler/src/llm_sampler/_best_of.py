@@ -35,7 +35,7 @@ def best_of(
     """
     if not callable(by) and by not in ("mean", "sum"):
         raise ValueError(f"by is {by!r}; it must be 'mean', 'sum', or a function of a Completion")
-    if not callable(by) and not plain(options.setdefault("logprobs", True)):
+    if not plain(options.setdefault("logprobs", True)) and not callable(by):
         raise ValueError(f"by is {by!r}, and logprobs=False; leave that away, or rank by a function of your own")
     completions = generate(forward_func, input_ids, n=n, **options)
     values = [plain(_value(completion, by)) for completion in completions]

@@ -26,7 +26,7 @@ def uniform(key: int, position: int, purpose: int = 0) -> float:
 
 
 def draw(scores: Scores, uniforms: list[float]) -> tuple[Tensor, Tensor]:
-    """One token per row by inverse CDF in float64: token ids [B, 1] and their log-probabilities [B, 1] (float64).
+    """One token per row by inverse CDF in float64: token ids [B, 1] and their log-probabilities [B, 1].
 
     Candidates are walked in the order of their ids and summed one after the other, so that masked ones change nothing,
     not even a rounding: the outcome is the same whether they were dropped or are -inf. A row without any candidate

@@ -122,7 +122,7 @@ class Sampler:
         return self.drawn(processed, *draw(processed.scores, uniforms))
 
     def drawn(self, processed: Processed, tokens: Tensor, logprobs: Tensor) -> list[Drawn]:
-        """What is said of tokens [B, 1] that have these log-probabilities [B, 1] (float64) after the stages."""
+        """What is said of tokens [B, 1] that have these log-probabilities [B, 1] after the stages."""
         rows, scores, logits, norm = processed.rows, processed.scores, processed.logits, processed.norm
         columns = [tokens, processed.highest, logprobs]
         if norm is not None:
@@ -131,7 +131,7 @@ class Sampler:
         if tokens.device.type == "cpu":
             chosen, peaks, afters, *raw = ([value for [value] in column.tolist()] for column in columns)
         else:
-            chosen, peaks, afters, *raw = torch.cat(columns, -1).T.tolist()  # float64; the one transfer from the device
+            chosen, peaks, afters, *raw = torch.cat(columns, -1).T.tolist()  # the one transfer from the device
         if not math.isfinite(sum(peaks) + sum(afters)):  # in one go: as a rule all are
             index = next(i for i, both in enumerate(zip(peaks, afters, strict=True)) if not math.isfinite(sum(both)))
             raise _error(rows[index], peaks[index], float(scores.values[index].max()))
@@ -140,6 +140,7 @@ class Sampler:
             return [
                 Drawn(int(token), *both) for token, both in zip(chosen, zip(befores, afters, strict=True), strict=True)
             ]
+        assert norm is not None
         counts = [self._top[row.index] for row in rows]
         before = logits.float() - processed.highest - norm
         raw_tops = _most_likely(Scores(before, None, logits.shape[-1]), counts)
@@ -181,8 +182,8 @@ class Sampler:
             rows, vocabulary = values.shape
             if self._pages is None or self._pages.shape[1] < rows or self._pages.device != values.device:
                 with torch.inference_mode(False):  # as Table's ids
-                    self._pages = values.new_empty(2, rows, vocabulary)
-            work, spare = self._pages[:, :rows]
+                    self._pages = values.new_empty(2 if self._logprobs else 1, rows, vocabulary)
+            work, spare = self._pages[0, :rows], self._pages[-1, :rows]  # without logprobs nobody writes to the first
             self._memory = work, spare if self._wide else spare[:, : self.vocab_size]
         return self._memory
 
