@@ -241,7 +241,7 @@ def test_a_layer_in_bf16_stays_in_bf16_and_its_decode_near_its_prefill(ids):
 
 
 def test_caches_have_row_and_slot_first_and_only_the_key_value_heads():
-    layer = parts(Config.from_hf(TINY), "0:1")["mid.00000"]
+    layer: Any = parts(Config.from_hf(TINY), "0:1")["mid.00000"]
     assert [tuple(t.shape) for t in layer.new_cache(3, 7, dtype=torch.float32, device="cpu")] == [(3, 7, 2, 8)] * 2
     assert layer.rewind == "any"
 

@@ -42,6 +42,7 @@ def announced(run: PartialRun) -> list[list[int]]:
         log.append(chosen)
         own(chosen)
 
+    part: Any
     for part in run.parts.values():
         if hasattr(part, "routed"):
             part.experts.announce = functools.partial(logged, part.experts.announce)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,13 +56,14 @@ class Outer(nn.Module):
 def test_a_first_pass_that_ends_early_does_not_settle_the_order(case, recwarn, left):
     outer = Case(case.path / "outer", case.store_of, Outer)
     with outer.offload(outer.smallest()) as run:
+        body: Any = run.module.body
         if left == "by an error":
-            handle = run.module.body.after.register_forward_hook(fail)
+            handle = body.after.register_forward_hook(fail)
             with pytest.raises(OSError, match="after the blocks"):
                 run.module(IDS)
             handle.remove()
         else:
-            run.module.body(IDS)
+            body(IDS)
         run.module(IDS)  # finds the order
         before = run.stats.bytes_read
         torch.testing.assert_close(run.module(IDS), outer.resident(IDS), atol=2e-5, rtol=0)
@@ -78,7 +81,7 @@ def test_rows_of_an_embedding_are_looked_up_and_its_tied_head_computes_with_all(
         assert ("end", "head.weight") in {(unit.part, unit.name) for unit in run._weights._model.units}
         assert torch.equal(run.module.embed(IDS), case.resident.embed(IDS))
         with pytest.raises(RuntimeError, match=r"embed.weight is offloaded, and T needs it"):
-            torch.ones(1, HIDDEN) @ run.module.embed.weight.T
+            _ = torch.ones(1, HIDDEN) @ run.module.embed.weight.T
 
 
 def test_a_small_embedding_is_there_as_a_whole_beside_its_tied_head(case, monkeypatch):
@@ -128,7 +131,7 @@ def test_a_module_that_computes_with_matrices_outside_their_block_is_told_that_i
             with pytest.raises(
                 RuntimeError, match=rf"{name.removeprefix('blocks.3.')} is offloaded, and mul.*so cannot be offloaded"
             ):
-                named[name] * 2
+                _ = named[name] * 2
 
 
 def test_the_inner_module_and_fewer_blocks_may_be_called_alone(case):

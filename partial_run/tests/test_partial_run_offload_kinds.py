@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -45,7 +45,8 @@ def test_matrices_bound_as_one_while_they_are_called_serve_other_threads_too(cas
     case = Case(case.path / "convolutions", case.store_of, Convolutions)
     x = torch.randn(1, 3, HIDDEN)
     with case.offload(case.smallest()) as run, ThreadPoolExecutor(8) as pool:
-        expected, others = run.module(IDS), [run.module.after, run.module.blocks[7].up]
+        module: Any = run.module
+        expected, others = module(IDS), [module.after, module.blocks[7].up]
         beside = [module(x) for module in others]
         passes = pool.submit(lambda: [run.module(IDS) for _ in range(30)])
         results = list(pool.map(lambda module: module(x), others * 150))
@@ -181,14 +182,14 @@ class Attending(nn.Module):
 
     @staticmethod
     def attend() -> None:
-        Attending.noted.append(("attention", torch.backends.mkldnn.enabled))
+        Attending.noted.append(("attention", bool(torch.backends.mkldnn.enabled)))
 
 
 def test_attention_for_one_token_a_row_goes_without_onednn_and_linears_of_several_rows_with_it(case, monkeypatch):
     own = Case(case.path / "of attention", case.store_of, Attending)
     real = F.linear
     note = Attending.noted.append
-    monkeypatch.setattr(F, "linear", lambda *args: note(("linear", torch.backends.mkldnn.enabled)) or real(*args))
+    monkeypatch.setattr(F, "linear", lambda *args: note(("linear", bool(torch.backends.mkldnn.enabled))) or real(*args))
     shapes = {(3, 1): False, (1, 1): False, (3, 2): True}  # rows and tokens, and whether attention has oneDNN
     with own.offload(dtype=torch.bfloat16, rows=3) as run, torch.no_grad():
         for shape, attention in shapes.items():
@@ -224,6 +225,7 @@ def test_a_block_that_attends_may_wait_for_a_linear_beside_it_in_another_thread(
     own = Case(case.path / "of attention", case.store_of, Attending)
     x = torch.ones(1, 1, HIDDEN, dtype=torch.bfloat16)
     with own.offload(dtype=torch.bfloat16) as run, ThreadPoolExecutor(1) as other:
-        monkeypatch.setattr(Attending, "attend", lambda: other.submit(run.module.beside, x).result(timeout=20))
+        beside: Any = run.module.beside
+        monkeypatch.setattr(Attending, "attend", lambda: other.submit(beside, x).result(timeout=20))
         run.module(x)
     own.store.close()

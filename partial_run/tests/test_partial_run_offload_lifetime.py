@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from foreign import HIDDEN, IDS, on_meta
-from llm_partial_run import _block_weights
+from llm_partial_run import _block_weights, _products
 
 
 @pytest.mark.parametrize("work", [nn.Module.state_dict, copy.deepcopy, nn.Module.half], ids=["save", "copy", "convert"])
@@ -190,7 +190,7 @@ def test_a_pass_left_in_the_middle_is_started_over(case, error):
 
 
 def test_errors_in_the_last_slice_of_a_pass_take_no_slot_from_the_ring(case, monkeypatch):
-    product, weights = _block_weights.product, []
+    product, weights = _products.product, []
     monkeypatch.setattr(
         _block_weights, "product", lambda x, weight, bias: weights.append(weight) or product(x, weight, bias)
     )

@@ -30,7 +30,7 @@ def test_a_product_is_as_exact_as_torchs(dtype: torch.dtype, shape: tuple[int, .
 def test_one_row_in_bf16_does_not_go_to_onednn(monkeypatch: pytest.MonkeyPatch):
     seen: list[bool] = []
     real = F.linear
-    monkeypatch.setattr(F, "linear", lambda *args: seen.append(torch.backends.mkldnn.enabled) or real(*args))
+    monkeypatch.setattr(F, "linear", lambda *args: seen.append(bool(torch.backends.mkldnn.enabled)) or real(*args))
     weight = torch.ones(4, 8, dtype=torch.bfloat16)
 
     product(torch.ones(1, 8, dtype=torch.bfloat16), weight, None)
@@ -57,7 +57,7 @@ def test_several_rows_in_bf16_come_in_few_numbers(monkeypatch: pytest.MonkeyPatc
 def test_several_rows_go_to_onednn_where_the_code_around_them_does_not(monkeypatch: pytest.MonkeyPatch):
     seen: list[bool] = []
     real = F.linear
-    monkeypatch.setattr(F, "linear", lambda *args: seen.append(torch.backends.mkldnn.enabled) or real(*args))
+    monkeypatch.setattr(F, "linear", lambda *args: seen.append(bool(torch.backends.mkldnn.enabled)) or real(*args))
     weight = torch.ones(4, 8, dtype=torch.bfloat16)
 
     with without_onednn():

@@ -34,7 +34,8 @@ WAYS: dict[str, Any] = {
     ),
     "stored the other way round": lambda x, stack: one_by_one(torch.matmul, x, stored_the_other_way_round(stack)),
 }
-if grouped := getattr(torch, "_grouped_mm", None):
+grouped: Any = getattr(torch, "_grouped_mm", None)
+if grouped:
     ends = torch.tensor(BOUNDS, dtype=torch.int32)
     WAYS["grouped"] = lambda x, stack: grouped(x, stack.transpose(-2, -1), offs=ends)
 

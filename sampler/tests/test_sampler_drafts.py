@@ -67,7 +67,7 @@ HALF = torch.tensor([0.5, 0.5] + [0.0] * (VOCABULARY - 2))
         (of(Draft([0], None, [HALF * 2])), "are not a distribution over 11 ids"),
         (of(Draft([0], None, [HALF[:3]])), r"probabilities \[3\] are not a distribution"),
         (of(Draft([4], None, [HALF])), "4 is drafted, and has no probability"),
-        (of(Draft([0], None, [["a"] * VOCABULARY])), "row 0, step 1: probabilities are not a distribution for each"),
+        (of(Draft([0], None, [["a"] * VOCABULARY])), "row 0, step 1: probabilities are not a distribution for each"),  # type: ignore[list-item]
         (of(Draft([0], None, 0.5)), "row 0, step 1: probabilities are not a distribution for each token: 'float'"),  # type: ignore[arg-type]
         (of(Draft([0], None, [0.5])), r"probabilities \[\] are not a distribution over 11 ids"),  # type: ignore[list-item]
     ],

@@ -212,7 +212,11 @@ def test_a_server_behind_tls_is_asked_where_its_certificate_is_known_and_only_th
         with from_url(secure, dtype="float32", ssl_context=known) as remote:
             assert torch.equal(remote(ids), forward(ids))
             assert torch.equal(remote(ids[:1]), forward(ids[:1]))
-        for wrong, options in ((secure, {}), (secure.replace("127.0.0.1", "localhost"), {"ssl_context": known})):
+        wrongs: list[tuple[str, Any]] = [
+            (secure, {}),
+            (secure.replace("127.0.0.1", "localhost"), {"ssl_context": known}),
+        ]
+        for wrong, options in wrongs:
             with pytest.raises(RemoteError, match=f"^{wrong} .*certificate verify failed") as refused:
                 from_url(wrong, **options)
             assert "asked" not in str(refused.value), "a certificate does not become right by asking again"

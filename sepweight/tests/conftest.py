@@ -8,6 +8,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ class Asked:
 
     path: str
     name: str
-    headers: Mapping[str, str]
+    headers: Message
 
 
 class Request(BaseHTTPRequestHandler):

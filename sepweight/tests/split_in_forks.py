@@ -56,8 +56,9 @@ def split(order: dict[str, Any], report: int) -> int:
         setattr(os, name, counted(getattr(os, name)))
         if hasattr(of_paths, name):
             setattr(of_paths, name, staticmethod(getattr(os, name)))
+    layout = conftest._layout  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        llm_sepweight.split(order["source"], order["destination"], layout=conftest._layout, in_place=order["in_place"])
+        llm_sepweight.split(order["source"], order["destination"], layout=layout, in_place=order["in_place"])
     except BaseException as error:
         print(repr(error), error, file=sys.stderr, flush=True)
         return 1

@@ -44,8 +44,9 @@ def forks() -> Iterator[Any]:
     """fetch(server, destination, kill_at, after) in a process of its own, killed so many seconds after its nth request."""
     command = [sys.executable, "-c", FORKS, Path(__file__).parent]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
+        orders, answers = process.stdin, process.stdout
+        assert orders is not None
+        assert answers is not None
 
         def fetch(server: Any, destination: Path, kill_at: int = 0, after: float = 0) -> int:
             count, pids = itertools.count(1), []
@@ -60,12 +61,12 @@ def forks() -> Iterator[Any]:
                 return False
 
             server.trick = kill
-            print(json.dumps([server.url, str(destination)]), file=process.stdin, flush=True)
-            pids.append(int(process.stdout.readline()))
-            return int(process.stdout.readline())
+            print(json.dumps([server.url, str(destination)]), file=orders, flush=True)
+            pids.append(int(answers.readline()))
+            return int(answers.readline())
 
         yield fetch
-        process.stdin.close()
+        orders.close()
 
 
 def contents(directory: Path) -> dict[str, bytes]:

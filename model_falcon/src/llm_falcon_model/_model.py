@@ -133,7 +133,7 @@ class Attention(nn.Module):
                 stored[rows, positions if slots is None else slots] = new
         fresh = kv_len == length and mask is None and not positions[:, 0].any()
         whole = cache is None or fresh  # whole rows: what is seen is what was just computed
-        if not whole:
+        if cache is not None and not fresh:
             k, v = cache[0][:, :kv_len], cache[1][:, :kv_len]
         own = torch.arange(length, device=x.device).expand(batch, -1)
         seen = mask
@@ -142,6 +142,7 @@ class Attention(nn.Module):
         if self.alibi:
             drafts = None if mask is None else own if cache is None else slots
             added = alibi(key_positions(positions, k.shape[1], drafts), self.num_heads, self.head_dim, dtype=x.dtype)
+            assert seen is not None
             out = attend_biased(q, k, v, seen, added)
         else:
             out = attend(q, k, v, seen)  # (B, T, heads, head_dim)

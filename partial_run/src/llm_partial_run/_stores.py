@@ -25,7 +25,7 @@ def as_store(weights: Any, parts: Mapping[str, nn.Module]) -> Any:
     if not callable(load):
         raise TypeError(f"weights have to be a store or a callable load(part); got {type(weights).__name__}. "
                         "For a dict of dicts pass its __getitem__")  # fmt: skip
-    return LoadedWhole(load, parts)
+    return LoadedWhole(load, parts)  # pyright: ignore[reportArgumentType]
 
 
 def page_aligned(nbytes: int, *, pinned: bool = False) -> Tensor:

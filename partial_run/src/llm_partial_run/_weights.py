@@ -193,6 +193,7 @@ class Weights:
             by_matrix.setdefault((unit.part, unit.name), []).append(unit)
         for part, module in self._parts.items():
             experts: dict[str, list[Unit]] = {}
+            linear: Any  # its forward is replaced
             for name, linear in linears_of(module).items():
                 place = place_of(part, module, weight_of(name))
                 units = by_matrix[place]
@@ -203,7 +204,7 @@ class Weights:
                     )
                 else:
                     linear.forward = functools.partial(self._linear, linear, units, self._slice)
-            if experts:
+            if self._experts is not None and experts:
                 announced: Any = module.get_submodule(module.routed)  # pyright: ignore
                 announced.announce = functools.partial(_announce, self._experts, part, list(experts.values()))
 

@@ -45,7 +45,7 @@ class Whole(torch.Tensor):
             ):
                 offs, others = kwargs.get("offs"), [kwargs.get(name) for name in ("bias", "out_dtype")]
                 if offs is not None and others == [None, None]:
-                    return _grouped(*args, offs)
+                    return _grouped(args[0], args[1], offs)
             output = func(*args, **kwargs)
             places = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Whole)}
             if type(output) in (tuple, list):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal, TypeAlias, get_args
@@ -16,8 +16,8 @@ from ._likelihood import Request, log_likelihoods
 from ._settings import plain
 
 By: TypeAlias = Literal["sum", "mean", "per_character", "per_byte", "pmi"]
-Context: TypeAlias = Sequence[int] | Tensor | str
-Continuations: TypeAlias = Sequence[Sequence[int]] | Sequence[Tensor] | Tensor | Sequence[str]
+Context: TypeAlias = Iterable[int] | Tensor | str
+Continuations: TypeAlias = Iterable[Iterable[int]] | Iterable[Tensor] | Tensor | Iterable[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +91,8 @@ class Choice:
 
 def score(
     forward_func: ForwardFunc,
-    context: Context | Sequence[Context],
-    continuations: Continuations | Sequence[Continuations],
+    context: Context | Iterable[Context],
+    continuations: Continuations | Iterable[Continuations],
     *,
     encode: Callable[[str], Any] | None = None,
     boundary: Boundary = "error",
@@ -190,8 +190,8 @@ def score(
 
 def multiple_choice(
     forward_func: ForwardFunc,
-    context: Context | Sequence[Context],
-    choices: Continuations | Sequence[Continuations],
+    context: Context | Iterable[Context],
+    choices: Continuations | Iterable[Continuations],
     *,
     by: By = "sum",
     **options: Any,

@@ -175,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.close()
         self._socket = BoundedSocket(self.connection, 0)
         self.rfile = io.BufferedReader(self._socket)
-        self.wfile = io.BufferedWriter(self._socket)  # head and body of a small reply leave together
+        self.wfile = io.BufferedWriter(self._socket)  # pyright: ignore[reportArgumentType] # head and body of a small reply leave together
 
     def handle_one_request(self) -> None:
         self._socket.deadline = time.monotonic() + self.server.seconds

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,9 +155,10 @@ def _rejecting(sampler: Sampler, logits: Tensor, walks: Sequence[_Walk]) -> list
             continue
         given = log_probabilities(scores.values[place]).exp_()
         ids = torch.arange(len(given), device=given.device) if scores.ids is None else scores.ids[place]
+        probabilities: Any = walk.draft.probabilities  # checked: tensors
         p, taken = given, None
         for i, node in enumerate(children):
-            token, q = walk.draft.tokens[node], walk.draft.probabilities[node] if walk.draft.probabilities else None
+            token, q = walk.draft.tokens[node], probabilities[node] if probabilities else None
             hits = (ids == token).nonzero()
             at = int(hits[0]) if len(hits) else None
             chance = 0.0 if at is None else float(p[at])
