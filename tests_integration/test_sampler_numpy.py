@@ -146,6 +146,8 @@ def test_numpys_false_leaves_log_probabilities_out_as_pythons_does() -> None:
     yes: Any = np.bool_(True)
     assert generate(causal, [[1]], logprobs=no, **options) == generate(causal, [[1]], logprobs=False, **options)
     assert generate(causal, [[1]], logprobs=yes, **options) == generate(causal, [[1]], logprobs=True, **options)
+    with pytest.raises(ValueError, match="top_logprobs are asked for, and logprobs=False"):
+        generate(causal, [[1]], logprobs=no, top_logprobs=2, **options)
     with pytest.raises(ValueError, match="by is 'mean', and logprobs=False"):
         best_of(causal, [[1]], n=2, logprobs=no, **options)
 

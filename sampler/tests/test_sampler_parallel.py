@@ -112,8 +112,9 @@ def test_a_reward_may_be_a_tensor_of_one_number() -> None:
 def test_what_cannot_be_ranked_by_is_named() -> None:
     with pytest.raises(ValueError, match="by is 'median'"):
         best_of(table, [[1]], n=2, by="median", max_new_tokens=1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="by is 'mean', and logprobs=False"):
-        best_of(table, [[1]], n=2, max_new_tokens=1, logprobs=False)
+    for no in (False, None):
+        with pytest.raises(ValueError, match=f"by is 'mean', and logprobs={no}"):
+            best_of(table, [[1]], n=2, max_new_tokens=1, logprobs=no)
     with pytest.raises(ValueError, match="by gave nan for sample 0 of row 1"):
         best_of(
             table, [[1], [2]], n=2, by=lambda c: math.nan if c.tokens[-1] == 8 else 0, max_new_tokens=1, temperature=0

@@ -89,6 +89,7 @@ def flat_logits(ids):
         ([[1]], {"decode": "utf-8"}, "decode must turn token ids into text"),
         ([[1]], {"top_logprobs": -1}, "top_logprobs is -1"),
         ([[1]], {"logprobs": 3}, "logprobs is 3; it must be True or False, and top_logprobs a number"),
+        ([[1]], {"logprobs": False, "top_logprobs": 3}, "top_logprobs are asked for, and logprobs=False"),
         ([[1]], {"order": ["temperature"], "logit_bias": {1: 1.0}}, "logit_bias is set, but order does not name it"),
         ([[1]], {"order": ["temperature"], "xtc_probability": 1}, "xtc is set, but order"),
         ([[1]], {"stop_ids": 9, "vocab_size": 5}, "stop_ids: row 0 holds the id 9, and the vocabulary has 5"),

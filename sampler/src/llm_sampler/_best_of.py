@@ -35,8 +35,11 @@ def best_of(
     """
     if not callable(by) and by not in ("mean", "sum"):
         raise ValueError(f"by is {by!r}; it must be 'mean', 'sum', or a function of a Completion")
-    if not plain(options.setdefault("logprobs", True)) and not callable(by):
-        raise ValueError(f"by is {by!r}, and logprobs=False; leave that away, or rank by a function of your own")
+    options = {"logprobs": True, **options}
+    if not callable(by) and not plain(options["logprobs"]):
+        raise ValueError(
+            f"by is {by!r}, and logprobs={options['logprobs']}; leave that away, or rank by a function of your own"
+        )
     completions = generate(forward_func, input_ids, n=n, **options)
     values = [plain(_value(completion, by)) for completion in completions]
     for row, value in enumerate(values):
@@ -49,5 +52,6 @@ def best_of(
 def _value(completion: Completion, by: str | Callable[[Completion], float]) -> float:
     if callable(by):
         return by(completion)
-    logprobs = completion.logprobs or ()
-    return math.fsum(logprobs) / len(logprobs) if by == "mean" else math.fsum(logprobs)
+    assert completion.logprobs is not None
+    total = math.fsum(completion.logprobs)
+    return total / len(completion.logprobs) if by == "mean" else total

@@ -45,8 +45,10 @@ def prepared(given: Mapping[str, Any]) -> tuple[list[Row], Sampler]:
     if decode is not None:
         check_decode(decode)
     logprobs = plain(given["logprobs"])
-    if type(logprobs) is not bool:
+    if type(logprobs) is not bool and logprobs is not None:
         raise TypeError(f"logprobs is {logprobs!r}; it must be True or False, and top_logprobs a number")
+    if given["top_logprobs"] is not None and logprobs is False:
+        raise ValueError("top_logprobs are asked for, and logprobs=False; leave one of them away")
     stops = ids().per_row("stop_ids", given["stop_ids"], count)
     sources = seeds_of(given["seed"], count, n, secrets.randbits)
     tops = None if given["top_logprobs"] is None else _TOP.per_row("top_logprobs", given["top_logprobs"], count)
@@ -74,7 +76,7 @@ def prepared(given: Mapping[str, Any]) -> tuple[list[Row], Sampler]:
         settings,
         order,
         vocab_size=vocab_size,
-        logprobs=logprobs or tops is not None,
+        logprobs=tops is not None if logprobs is None else logprobs,
         top_logprobs=None if tops is None else _repeated(tops, n),
     )
     if vocab_size is not None:

@@ -55,7 +55,7 @@ def sample(
     stop_ids: Ids = None,
     stop_strings: Strings = None,
     decode: Callable[[list[int]], str] | None = None,
-    logprobs: bool = False,
+    logprobs: bool | None = None,
     top_logprobs: PerRow = None,
     seed: int | Sequence[int] | Tensor | None = None,
     drafter: Drafter | CustomDrafter | None = None,
@@ -81,7 +81,7 @@ def sample(
         stop_ids: ids that end a row. stop_strings: texts that end it, for which `decode` is needed.
         decode: token ids -> text; with it, the steps hold the rows' text too.
         logprobs: whether the steps have the tokens' log-probabilities under the model itself, which take another pass over
-            the vocabulary; top_logprobs, how many of the most likely tokens to report, has them too.
+            the vocabulary; by default where top_logprobs, how many of the most likely tokens to report, are asked for.
         seed: row i draws from the stream of (seed, i); with one seed per prompt, from that of (seed[i // n], i % n).
             None takes a fresh one. torch's own generators are neither read nor moved.
         drafter: guesses tokens, of which one forward checks several: `PromptLookup`, `DraftModel`, `DraftTree`, or a

@@ -85,13 +85,10 @@ class Sampler:
         Raises ValueError naming row and step where the logits cannot be sampled.
         """
         size = _PART // logits.shape[-1] + 1 if logits.device.type == "cpu" else len(rows)
-        if len(rows) <= size:
-            return self.draw(self.process(logits, rows), [row.uniform() for row in rows])
-        drawn: list[Drawn] = []
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            drawn += self.draw(self.process(logits[start : start + size], part), [row.uniform() for row in part])
-        return drawn
+        if len(rows) > size:
+            parts = [slice(start, start + size) for start in range(0, len(rows), size)]
+            return [drawn for part in parts for drawn in self.choose(logits[part], rows[part])]
+        return self.draw(self.process(logits, rows), [row.uniform() for row in rows])
 
     def process(self, logits: Tensor, rows: Sequence[Row]) -> Processed:
         """The distribution that each of `rows` draws its next token from, given its logits [B, V]."""
